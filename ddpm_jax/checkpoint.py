@@ -1,0 +1,213 @@
+"""Checkpoints; no other file knows Orbax.
+
+A step is a folder with the items params, ema_params, opt_state and meta (JSON: counters, config, digests, versions).
+It counts once its commit marker is written, so a crash while saving leaves the step before. Orbax does not notice
+damaged array data, so each item has a checksum of our own, and a damaged step gives way to the one before it.
+"""
+
+import json
+import logging
+import shutil
+import warnings
+import zlib
+from pathlib import Path
+
+import flax
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import serialization
+
+from ddpm_jax import __version__
+from ddpm_jax.errors import CheckpointError
+
+ARRAYS = ("params", "ema_params", "opt_state")
+COUNTERS = ("step", "skipped", "skipped_in_row")
+FORMAT = 1
+MARKER = "commit_success.txt"
+
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+def open_manager(folder, keep=None, read_only=False):
+    """Orbax's manager of a run's folder of checkpoints; one that may write clears away unfinished steps."""
+    handlers = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ARRAYS}
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep,
+        read_only=read_only,
+        cleanup_tmp_directories=not read_only,
+        atomicity_options=ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE),
+    )
+    return ocp.CheckpointManager(
+        Path(folder).resolve(), options=options, item_handlers={**handlers, "meta": ocp.JsonCheckpointHandler()}
+    )
+
+
+def steps(folder):
+    """The steps that have been committed, oldest first."""
+    return sorted(int(path.parent.name) for path in Path(folder).glob(f"*/{MARKER}") if path.parent.name.isdigit())
+
+
+def digest(tree):
+    """CRC-32 over the names, shapes, types and bytes of a tree's arrays."""
+    crc = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        leaf = np.asarray(leaf)
+        crc = zlib.crc32(f"{_name(path)} {leaf.dtype} {leaf.shape}".encode(), crc)
+        crc = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8), crc)
+    return crc
+
+
+def _digest_meta(meta):
+    return zlib.crc32(json.dumps({**meta, "digests": None}, sort_keys=True).encode())
+
+
+def _name(path):
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def save(manager, state, **meta):
+    """Start to save a TrainState with further entries of `meta`; the writing goes on behind.
+
+    Raises CheckpointError when an earlier save failed, the disk has no room, or Orbax refuses. The steps already
+    there are untouched then.
+    """
+    state = jax.device_get(state)
+    step = int(state.step)
+    items = {name: serialization.to_state_dict(getattr(state, name)) for name in ARRAYS}
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
+    meta |= {name: int(getattr(state, name)) for name in COUNTERS}
+    meta |= {"format": FORMAT, "versions": versions()}
+    meta = json.loads(json.dumps(meta))
+    meta["digests"] = {name: digest(items[name]) for name in ARRAYS} | {"meta": _digest_meta(meta)}
+    check(manager)
+    free = shutil.disk_usage(manager.directory).free
+    if free < 1.1 * size:
+        raise CheckpointError(
+            f"step {step} was not saved: it needs {1.1 * size / 1e6:,.1f} MB and {manager.directory} "
+            f"has {free / 1e6:,.1f} MB free"
+        )
+    try:
+        saved = manager.save(
+            step,
+            args=ocp.args.Composite(
+                meta=ocp.args.JsonSave(meta), **{name: ocp.args.PyTreeSave(items[name]) for name in ARRAYS}
+            ),
+        )
+    except Exception as error:  # Orbax raises whatever its file layer raises
+        raise _failed(manager, error) from error
+    if not saved:
+        raise CheckpointError(
+            f"step {step} was not saved: {manager.directory} already holds step {steps(manager.directory)[-1]}"
+        )
+
+
+def check(manager):
+    """Raise CheckpointError if a save that was going on behind has failed."""
+    try:
+        manager.check_for_errors()
+    except Exception as error:
+        raise _failed(manager, error) from error
+
+
+def finish(manager):
+    """Wait until all is written; raise CheckpointError if it was not."""
+    try:
+        manager.wait_until_finished()
+    except Exception as error:
+        raise _failed(manager, error) from error
+
+
+def _failed(manager, error):
+    """The CheckpointError for a failed save, after its leftovers, which would keep the disk full, are gone."""
+    for path in Path(manager.directory).iterdir():
+        if path.is_dir() and not (path / MARKER).exists():
+            shutil.rmtree(path, ignore_errors=True)
+    manager.reload()
+    free = shutil.disk_usage(manager.directory).free
+    reason = " ".join(str(error).split())[:300]
+    return CheckpointError(
+        f"a checkpoint could not be written to {manager.directory} ({free / 1e6:,.1f} MB free): {reason}"
+    )
+
+
+def load(folder, items=ARRAYS, expect=None):
+    """(meta, {item: tree of NumPy arrays}) of the newest step that is whole.
+
+    expect(meta) -> {item: tree of shapes}: what the model needs. Steps that are damaged are passed over with a warning.
+    Raises CheckpointError when there is no step, when none is whole (each with its reason), or when the newest whole
+    one does not fit the model.
+    """
+    reasons = []
+    with open_manager(folder, read_only=True) as manager:
+        for step in reversed(steps(folder)):
+            try:
+                meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+                if _digest_meta(meta) != meta["digests"]["meta"]:
+                    raise ValueError("the checksum of meta differs")
+                shapes = {name: manager.item_metadata(step)[name].tree for name in items}
+            except Exception as error:  # a damaged file can make Orbax raise anything
+                reasons.append(_passed_over(step, error))
+                continue
+            if meta["format"] > FORMAT:
+                raise CheckpointError(
+                    f"step {step} in {folder} has format {meta['format']}, this version reads up to {FORMAT}; "
+                    "update ddpm-jax"
+                )
+            if expect:
+                _compare(f"step {step} in {folder}", shapes, expect(meta))
+            try:
+                return meta, {name: _restore(manager, step, name, shapes[name], meta) for name in items}
+            except Exception as error:
+                reasons.append(_passed_over(step, error))
+    if reasons:
+        raise CheckpointError(f"no checkpoint in {folder} can be used: {'; '.join(reasons)}")
+    raise CheckpointError(f"there is no checkpoint in {folder}")
+
+
+def _passed_over(step, error):
+    reason = f"step {step}: {' '.join(str(error).split())[:200]}"
+    warnings.warn(f"damaged checkpoint passed over, {reason}", stacklevel=3)
+    return reason
+
+
+def _restore(manager, step, name, shapes, meta):
+    as_numpy = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes, is_leaf=lambda x: hasattr(x, "shape")
+    )
+    tree = manager.restore(step, args=ocp.args.Composite(**{name: ocp.args.PyTreeRestore(restore_args=as_numpy)}))[name]
+    if digest(tree) != meta["digests"][name]:
+        raise ValueError(f"the checksum of {name} differs")
+    return tree
+
+
+def _compare(where, found, expected):
+    """Raise CheckpointError naming up to ten arrays that differ in name, shape or type."""
+
+    def flat(trees):
+        trees = serialization.to_state_dict(trees)
+        leaves = jax.tree_util.tree_leaves_with_path(trees, is_leaf=lambda x: hasattr(x, "shape"))
+        return {_name(path): f"{np.dtype(leaf.dtype)}{list(leaf.shape)}" for path, leaf in leaves}
+
+    found, expected = flat(found), flat(expected)
+    differ = [
+        f"{name} is {found.get(name, 'missing')}, the model has {expected.get(name, 'none')}"
+        for name in sorted({*found, *expected})
+        if found.get(name) != expected.get(name)
+    ]
+    if differ:
+        more = f"; and {len(differ) - 10} more" if len(differ) > 10 else ""
+        raise CheckpointError(f"{where} does not fit the model: {'; '.join(differ[:10])}{more}")
+
+
+def restore_state(folder, template):
+    """(TrainState of NumPy arrays, meta) of the newest whole step that fits `template` (a TrainState of shapes)."""
+    expected = {name: getattr(template, name) for name in ARRAYS}
+    meta, items = load(folder, expect=lambda meta: expected)
+    trees = {name: serialization.from_state_dict(expected[name], items[name]) for name in ARRAYS}
+    return template._replace(**trees, **{name: np.int32(meta[name]) for name in COUNTERS}), meta
+
+
+def versions():
+    """The versions on which the bits of a run depend."""
+    return {"ddpm_jax": __version__, "jax": jax.__version__, "flax": flax.__version__, "numpy": np.__version__}

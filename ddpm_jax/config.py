@@ -1,0 +1,170 @@
+"""What can be chosen: nested frozen dataclasses whose defaults are the paper's CIFAR-10 run.
+
+Values come from a config file (`--config=configs/digits.py`), from the command line (`--config.train.steps=500`) and
+from the JSON stored with a run; options.py says how they are read and checked.
+"""
+
+import dataclasses
+import json
+import runpy
+import traceback
+from pathlib import Path
+
+from ddpm_jax.errors import ConfigError
+from ddpm_jax.options import (
+    Section,
+    above,
+    at_least,
+    below,
+    each,
+    finite,
+    from_text,
+    leaves,
+    nearest,
+    one_of,
+    option,
+    replace,
+    to_text,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data(Section):
+    source: str = option("tfds:cifar10", "digits, tfds:NAME, folder:DIR or npz:FILE")
+    split: str = option("train", "split of a tfds source, in the spelling of TFDS")
+    image_size: tuple[int, ...] = option(
+        (), "height,width in pixels; one number for a square; empty for the data's own", each(at_least(1))
+    )
+    channels: int = option(0, "1 gray, 3 RGB, 0 for the data's own", one_of(0, 1, 3))
+    flip: bool = option(False, "mirror images at random, left to right")
+    max_unreadable: float = option(
+        0.1, "share of a folder's files that may be unreadable", at_least(0), ("at most 1", lambda v: v <= 1)
+    )
+    data_dir: str = option("", "folder of prepared TFDS data sets; empty for TFDS's own default")
+    cache_dir: str = option("~/.cache/ddpm_jax", "folder of decoded images")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model(Section):
+    channels: int = option(128, "width at full resolution", at_least(4))
+    multipliers: tuple[int, ...] = option(
+        (1, 2, 2, 2), "width of each level over `channels`; each further level halves the image", each(at_least(1))
+    )
+    num_res_blocks: int = option(2, "residual blocks a level on the way down; one more on the way up", at_least(1))
+    attention_resolutions: tuple[int, ...] = option(
+        (16,), "shorter side of the images at which every block is followed by attention", each(at_least(1))
+    )
+    num_heads: int = option(1, "attention heads", at_least(1))
+    dropout: float = option(0.1, "share of activations dropped in training", at_least(0), below(1))
+    num_classes: int = option(0, "number of class labels; 0 trains without labels", at_least(0))
+    scale_shift: bool = option(False, "the time embedding scales and shifts the second norm (Nichol & Dhariwal 2021)")
+    groups: int | str = option(
+        32,
+        "groups of the group norms; auto for the largest divisor of the channels up to 32",
+        ("a number above 0 or auto", lambda value: value == "auto" or (isinstance(value, int) and value > 0)),
+    )
+    dtype: str = option("float32", "type of the convolutions' arithmetic", one_of("float32", "bfloat16"))
+    remat: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+
+
+@dataclasses.dataclass(frozen=True)
+class Diffusion(Section):
+    schedule: str = option("linear", "noise schedule, a name in ddpm_jax.schedules.SCHEDULES")
+    T: int = option(1000, "number of diffusion steps", at_least(1))
+    parameterization: str = option("eps", "what the network outputs, a name in ddpm_jax.diffusion.PARAMETERIZATIONS")
+    weighting: str = option("simple", "weight of the loss over time, a name in ddpm_jax.diffusion.WEIGHTINGS")
+    variance: str = option("fixedlarge", "variance of a reverse step, a name in ddpm_jax.samplers.VARIANCES")
+
+
+@dataclasses.dataclass(frozen=True)
+class Train(Section):
+    steps: int = option(800_000, "optimiser steps in the whole run", at_least(1))
+    batch_size: int = option(128, "images a step, over all devices", at_least(1))
+    accumulate: int = option(1, "micro-batches that a device's share of a step is cut into", at_least(1))
+    learning_rate: float = option(2e-4, "Adam's learning rate after the warm-up", above(0), finite)
+    warmup_steps: int = option(5000, "steps over which the learning rate grows from 0", at_least(0))
+    grad_clip: float = option(1.0, "largest global norm of the gradient; inf for no limit", above(0))
+    ema_decay: float = option(0.9999, "decay of the averaged parameters after their warm-up", at_least(0), below(1))
+    max_skipped: int = option(10, "non-finite steps in a row after which the run ends", at_least(1))
+    seed: int = option(0, "seed of everything random", at_least(0), ("below 2**32", lambda v: v < 2**32))
+    log_every: int = option(100, "steps between two lines of metrics", at_least(1))
+    checkpoint_every: int = option(5000, "steps between two checkpoints", at_least(1))
+    keep: int = option(3, "checkpoints kept", at_least(1))
+    sample_every: int = option(5000, "steps between two grids of samples", at_least(1))
+    sample_num: int = option(64, "images in a grid", at_least(1))
+    sample_steps: int = option(100, "sampling steps of a grid's images", at_least(1))
+    sampler: str = option("ddpm", "sampler of the grids, a name in ddpm_jax.samplers.SAMPLERS")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One experiment. `config.json` in the run's folder and `meta` in its checkpoints hold it as JSON."""
+
+    data: Data = Data()
+    model: Model = Model()
+    diffusion: Diffusion = Diffusion()
+    train: Train = Train()
+
+    def __post_init__(self):
+        if self.train.sample_steps > self.diffusion.T:
+            raise ConfigError(
+                f"train.sample_steps={self.train.sample_steps} must be at most diffusion.T={self.diffusion.T}"
+            )
+
+
+# What may differ when a run is taken up again: how long, and how often something is written, not what is computed.
+MAY_CHANGE = {
+    "data.cache_dir",
+    "data.data_dir",
+    "train.checkpoint_every",
+    "train.keep",
+    "train.sample_every",
+    "train.sample_num",
+    "train.sample_steps",
+    "train.sampler",
+    "train.steps",
+}
+
+
+def to_json(config):
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text, where="config.json"):
+    """The Config in a JSON text. Plain data: nothing in it is executed; unknown names are refused."""
+    try:
+        sections = json.loads(text)
+        given = {f"{a}.{b}": value for a, section in sections.items() for b, value in section.items()}
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{where} does not hold a config ({error})") from error
+    kinds = {name: kind for name, _, kind, _ in leaves(Config, Config())}
+    for name in given:
+        if name not in kinds:
+            raise ConfigError(f"unknown key {name} in {where}{nearest(name, kinds)}")
+    return replace(Config(), {name: from_text(kinds[name], to_text(value)) for name, value in given.items()})
+
+
+def differences(old, new):
+    """(name, old value, new value) of every field in which two configs differ."""
+    pairs = zip(leaves(Config, old), leaves(Config, new), strict=True)
+    return [(name, a, b) for (name, _, _, a), (_, _, _, b) in pairs if a != b]
+
+
+def load(path):
+    """The Config that the file's `get_config()` returns. The file is code: run only your own."""
+    if not Path(path).is_file():
+        known = ", ".join(sorted(map(str, Path("configs").glob("*.py"))))
+        raise ConfigError(f"no config file {path}" + (f"; there are {known}" if known else ""))
+    try:
+        config = runpy.run_path(str(path))["get_config"]()
+    except ConfigError as error:
+        raise ConfigError(f"{error} (in {path})") from error
+    except Exception as error:
+        lines = [at.lineno for at in traceback.extract_tb(error.__traceback__) if at.filename == str(path)]
+        line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
+        what = "it has no get_config()" if isinstance(error, KeyError) and error.args == ("get_config",) else error
+        where = f"{path}, line {line}" if line else path
+        raise ConfigError(f"the config file fails ({where}): {type(error).__name__}: {what}") from error
+    if not isinstance(config, Config):
+        raise ConfigError(f"get_config() must return a ddpm_jax.config.Config, not {type(config).__name__} ({path})")
+    return config

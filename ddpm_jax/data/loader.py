@@ -1,0 +1,47 @@
+"""Batches without state: what step n trains on follows from the seed and n alone, so there is nothing to save."""
+
+import functools
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+
+from ddpm_jax.errors import DataError
+
+
+class Dataset(NamedTuple):
+    images: np.ndarray  # uint8 (N, H, W, C), in memory or mapped from a file
+    labels: np.ndarray | None  # int32 (N,), when the source has any
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(n, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def batch(dataset, seed, step, batch_size, rows=slice(None)):
+    """The batch of `step` (counted from 0): {"index": int32 (b,), "image": uint8 (b, H, W, C), "label"?: int32 (b,)}.
+
+    Each epoch is a permutation of its own, cut into N // batch_size batches; the few images left over sit that epoch
+    out. `rows` is the part of the batch that this process reads. Raises DataError when the data fill no batch.
+    """
+    n = len(dataset.images)
+    if n < batch_size:
+        raise DataError(f"the data set has {n} images, fewer than train.batch_size={batch_size}; take a smaller batch")
+    epoch, position = divmod(step, n // batch_size)
+    index = _permutation(n, seed, epoch)[position * batch_size : (position + 1) * batch_size][rows]
+    in_order = np.argsort(index)  # read a memory map front to back
+    image = np.empty((len(index), *dataset.images.shape[1:]), np.uint8)
+    image[in_order] = dataset.images[index[in_order]]
+    label = {} if dataset.labels is None else {"label": dataset.labels[index].astype(np.int32)}
+    return {"index": index.astype(np.int32), "image": image, **label}
+
+
+def prefetch(make, first, last, ahead=2):
+    """make(first), ..., make(last - 1), up to `ahead` of them prepared in a thread while the caller is busy."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = [thread.submit(make, step) for step in range(first, min(first + ahead, last))]
+        for step in range(first, last):
+            if step + ahead < last:
+                waiting.append(thread.submit(make, step + ahead))
+            yield waiting.pop(0).result()

@@ -1,0 +1,202 @@
+"""Where images come from: SOURCES maps the word before the colon of `data.source` to a function that reads it."""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from ddpm_jax.data.intake import SUFFIXES, find, fit, read
+from ddpm_jax.data.loader import Dataset
+from ddpm_jax.errors import DataError
+from ddpm_jax.files import write_atomic
+from ddpm_jax.log import note, progress
+
+
+def load(source, image_size=(), channels=0, **options):
+    """The Dataset that `source` names: digits, tfds:NAME, folder:DIR or npz:FILE; `options` are config.Data's.
+
+    Raises DataError when there is no such source, or nothing usable in it.
+    """
+    kind, _, argument = source.partition(":")
+    if kind not in SOURCES:
+        raise DataError(f"data.source={source} is none of {', '.join(SOURCES)} (as in folder:my_pictures)")
+    if len(image_size) == 1:
+        image_size = image_size * 2
+    dataset = SOURCES[kind](argument, image_size, channels, **options)
+    if dataset.images.shape[0] == 0:
+        raise DataError(f"data.source={source} holds no images")
+    return dataset
+
+
+def from_npz(path, image_size, channels, **_):
+    """`images` (and `labels`) of an npz file, or a lone npy file, which is mapped: uint8 (N, H, W[, C])."""
+    try:
+        file = np.load(Path(path).expanduser(), mmap_mode="r", allow_pickle=False)
+        arrays = {"images": file} if isinstance(file, np.ndarray) else {name: file[name] for name in file.files}
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path} as npz: {error}") from error
+    if "images" not in arrays:
+        raise DataError(f"{path} has no array 'images'; it has {', '.join(arrays) or 'nothing'}")
+    images, labels = arrays["images"], arrays.get("labels")
+    if images.dtype != np.uint8:
+        low, high = (images.min(), images.max()) if images.size else (0, 0)
+        raise DataError(
+            f"images of {path} are {images.dtype} from {low} to {high}; scale to 0..255, round, save as uint8"
+        )
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise DataError(f"images of {path} have the shape {images.shape}; (N, height, width, 1 or 3) is needed")
+    if labels is not None and labels.shape != images.shape[:1]:
+        raise DataError(f"labels of {path} have the shape {labels.shape}, not one for each of {len(images)} images")
+    if images.shape[1:] != (*(image_size or images.shape[1:3]), channels or images.shape[-1]):
+        images = np.stack([_fit_array(image, image_size, channels) for image in images])
+    return Dataset(images, labels)
+
+
+def from_folder(folder, image_size, channels, max_unreadable=0.1, cache_dir="~/.cache/ddpm_jax", **_):
+    """All pictures below a folder, decoded once into a memory map; a changed folder is decoded anew."""
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder} (data.source=folder:{folder})")
+    if not image_size:
+        raise DataError("data.image_size is needed for a folder of pictures, for example --config.data.image_size=64")
+    files = find(folder)
+    if not files:
+        raise DataError(f"no pictures in {folder}; looked for {' '.join('*' + suffix for suffix in SUFFIXES)}")
+    state = hashlib.sha256(repr([(os.path.relpath(p, folder), s, m) for p, s, m in files]).encode("utf8", "replace"))
+    return _decode(
+        f"folder:{folder.resolve()}",
+        state.hexdigest(),
+        [path for path, _, _ in files],
+        lambda path: (read(path, image_size, channels or 3), -1),
+        (*image_size, channels or 3),
+        max_unreadable,
+        cache_dir,
+    )
+
+
+def from_tfds(name, image_size, channels, split="train", data_dir="", cache_dir="~/.cache/ddpm_jax", **_):
+    """A split of a prepared TFDS data set (array_record), without TensorFlow."""
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
+    except tfds.core.registered.DatasetNotFoundError as error:
+        raise DataError(f"TFDS knows no data set {name} (data.source=tfds:{name})") from error
+    return _from_builder(builder, image_size, channels, split, cache_dir)
+
+
+def from_digits(_, image_size, channels, split="train", data_dir="", cache_dir="~/.cache/ddpm_jax", **__):
+    """scikit-learn's 1,797 handwritten digits; the first use prepares them as a TFDS data set, without a network."""
+    import tensorflow_datasets as tfds
+
+    from ddpm_jax.data.digits import Digits
+
+    builder = Digits(data_dir=data_dir or None, file_format="array_record")
+    if not builder.is_prepared():
+        note(f"preparing the digits in {builder.data_dir}")
+        tfds.disable_progress_bar()
+        builder.download_and_prepare()
+    return _from_builder(builder, image_size, channels, split, cache_dir)
+
+
+SOURCES = {"digits": from_digits, "tfds": from_tfds, "folder": from_folder, "npz": from_npz}
+
+
+def _from_builder(builder, image_size, channels, split, cache_dir):
+    try:
+        rows = builder.as_data_source(split=split)
+    except (NotImplementedError, ValueError, AssertionError, OSError) as error:
+        raise DataError(
+            f"TFDS data set {builder.info.full_name} is not prepared as array_record in {builder.data_dir}, or has no "
+            f"split {split}; prepare it with download_and_prepare(file_format='array_record') ({_first_line(error)})"
+        ) from error
+    labelled = "label" in builder.info.features
+
+    def get(i):
+        row = rows[int(i)]
+        return _fit_array(row["image"], image_size, channels), int(row["label"]) if labelled else -1
+
+    return _decode(
+        f"tfds:{builder.data_dir}:{split}:{image_size}:{channels}",
+        f"{builder.info.full_name}:{len(rows)}",
+        range(len(rows)),
+        get,
+        get(0)[0].shape,
+        0.0,
+        cache_dir,
+    )
+
+
+def _first_line(error):
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _fit_array(image, image_size, channels):
+    from PIL import Image
+
+    height, width, bands = image.shape
+    if (height, width, bands) == (*(image_size or (height, width)), channels or bands):
+        return image
+    return fit(Image.fromarray(image[..., 0] if bands == 1 else image), image_size, channels)
+
+
+def _decode(name, state, items, get, shape, max_unreadable, cache_dir):
+    """get(item) -> (image, label or -1) of every item, with all cores, as a memory map kept under `cache_dir`.
+
+    `name` says which map it is, `state` in which state its source was when it was made. Items that cannot be read are
+    counted and the first five named; more than the share `max_unreadable` of them is an error.
+    """
+    key = hashlib.sha256(f"{name}:{shape}".encode("utf8", "replace")).hexdigest()[:16]
+    base = Path(cache_dir).expanduser() / key
+    about, images, labels = (base.with_suffix(suffix) for suffix in (".json", ".npy", ".labels.npy"))
+    if not about.is_file() or json.loads(about.read_text())["state"] != state:
+        base.parent.mkdir(parents=True, exist_ok=True)
+        bad = _decode_to(images, labels, items, get, shape)
+        if len(bad) > max_unreadable * len(items):
+            raise DataError(f"{_unreadable(bad, items)}, more than data.max_unreadable={max_unreadable:g} of them")
+        write_atomic(about, json.dumps({"name": name, "state": state, "bad": bad}).encode())
+    bad = json.loads(about.read_text())["bad"]
+    if bad:
+        note(f"warning: {_unreadable(bad, items)}; they are left out")
+    labels = np.load(labels)
+    return Dataset(np.load(images, mmap_mode="r"), None if (labels < 0).any() else labels)
+
+
+def _unreadable(bad, items):
+    return f"{len(bad)} of {len(items)} pictures cannot be read: {'; '.join(bad[:5])}"
+
+
+def _decode_to(images, labels, items, get, shape):
+    def attempt(item):
+        try:
+            return get(item), None
+        except Exception as error:  # whatever a damaged file makes Pillow raise
+            return None, f"{item} ({_first_line(error)})"
+
+    bad, kept = [], []
+    part = images.with_suffix(f".{os.getpid()}.part")
+    try:
+        array = np.lib.format.open_memmap(part, "w+", np.uint8, (len(items), *shape))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for done, reason in progress(pool.map(attempt, items), len(items), "decoding"):
+                if reason:
+                    bad.append(reason)
+                else:
+                    array[len(kept)] = done[0]
+                    kept.append(done[1])
+        if bad:
+            array = array[: len(kept)].copy()
+            np.save(part.open("wb"), array)
+        else:
+            array.flush()
+        del array
+        os.replace(part, images)
+    finally:
+        part.unlink(missing_ok=True)
+    np.save(labels, np.asarray(kept, np.int32))
+    return bad

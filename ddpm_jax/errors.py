@@ -1,0 +1,62 @@
+"""Errors that the user can mend: one line each, and the exit code that goes with it."""
+
+import sys
+import warnings
+
+
+class UserError(Exception):
+    """What is wrong, where, and what to do, in one line; printed without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(UserError):
+    """The command line or the config cannot be used."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """The images cannot be found or read."""
+
+    exit_code = 3
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged, does not fit the model, or cannot be written."""
+
+    exit_code = 4
+
+
+class Diverged(UserError):
+    """Training or sampling met values that are not finite and cannot go on."""
+
+    exit_code = 5
+
+
+PREEMPTED = 75  # EX_TEMPFAIL: saved, run the same command again
+INTERRUPTED = 130  # Ctrl-C
+
+
+def run(main):
+    """Call `main()` as a script; return its exit code, a `UserError` becoming one line on stderr.
+
+    With `--debug` on the command line the traceback is shown instead.
+    """
+    debug = "--debug" in sys.argv
+
+    def show(message, category, filename, lineno, file=None, line=None):
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+    if not debug:
+        warnings.showwarning = show
+    try:
+        return main() or 0
+    except UserError as error:
+        if debug:
+            raise
+        print("error: " + " ".join(str(error).splitlines()), file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED

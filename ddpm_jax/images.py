@@ -1,0 +1,54 @@
+"""Pictures: [-1, 1] and uint8, grids, PNG and GIF."""
+
+import io
+
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from ddpm_jax.files import write_atomic
+
+
+def to_unit(image):
+    """uint8 0..255 to float32 in [-1, 1] (Ho et al. 2020, section 3.3)."""
+    return jnp.asarray(image, jnp.float32) / 127.5 - 1
+
+
+def to_uint8(x):
+    """[-1, 1] to uint8 by rounding to the nearest level; values outside are clipped, never wrapped."""
+    return jnp.clip(jnp.round((x + 1) * 127.5), 0, 255).astype(jnp.uint8)
+
+
+def grid(images, columns=None, gap=2):
+    """uint8 (N, H, W, C) as one picture (H', W', C), row by row, small images enlarged by a whole factor."""
+    images = np.asarray(images)
+    n, height, width, channels = images.shape
+    zoom = max(1, 64 // max(height, width))
+    images = images.repeat(zoom, 1).repeat(zoom, 2)
+    columns = columns or int(np.ceil(np.sqrt(n)))
+    rows = -(-n // columns)
+    cells = np.full((rows * columns, height * zoom + gap, width * zoom + gap, channels), 255, np.uint8)
+    cells[:n, gap:, gap:] = images
+    page = cells.reshape(rows, columns, *cells.shape[1:]).swapaxes(1, 2).reshape(-1, columns * cells.shape[2], channels)
+    return np.pad(page, ((0, gap), (0, gap), (0, 0)), constant_values=255)
+
+
+def _pillow(image):
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def save_png(path, image):
+    """Write uint8 (H, W, C), C = 1 or 3, as PNG."""
+    buffer = io.BytesIO()
+    _pillow(image).save(buffer, "PNG", optimize=True)
+    write_atomic(path, buffer.getvalue())
+
+
+def save_gif(path, frames, seconds=3.0, hold=1.5):
+    """Write uint8 (F, H, W, C) as an endless GIF of `seconds`, the last frame held for `hold` seconds more."""
+    pictures = [_pillow(frame) for frame in frames]
+    each = int(1000 * seconds / len(pictures))
+    buffer = io.BytesIO()
+    durations = [each] * (len(pictures) - 1) + [each + int(1000 * hold)]
+    pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    write_atomic(path, buffer.getvalue())

@@ -1,0 +1,19 @@
+"""Random keys by name, so that every draw is a function of (seed, name, step, index of the image).
+
+No key is split, carried or saved: a resumed run makes the same draws, and image i of a seed is the same picture
+in any batch and on any number of devices.
+"""
+
+import zlib
+
+import jax
+
+
+def named(key, name):
+    """The key of the stream `name` under `key`; a new name changes no other stream."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def root(seed, name):
+    """The key from which everything called `name` ("init", "train", "sample") is drawn in a run."""
+    return named(jax.random.key(seed), name)

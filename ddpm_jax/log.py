@@ -1,0 +1,123 @@
+"""What a run says: metrics.jsonl, one line or bar on the console, TensorBoard when it is installed."""
+
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from ddpm_jax.files import write_atomic
+
+
+def note(text):
+    """Print a line at once."""
+    print(text, flush=True)
+
+
+def progress(items, total, what):
+    """`items` one by one, with a bar on a terminal."""
+    if not sys.stderr.isatty():
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(items, what, total, console=Console(stderr=True), transient=True)
+
+
+class Log(NamedTuple):
+    write: Callable  # (row of metrics with "step")
+    close: Callable
+
+
+def mean(window):
+    """One row from the metrics of several steps: finite means; counters as they are at the end; None for no value."""
+
+    def fold(name):
+        values = [row[name] for row in window]
+        if isinstance(values[-1], int):
+            return values[-1]
+        values = [value for value in values if math.isfinite(value)]
+        return math.fsum(values) / len(values) if values else None
+
+    return {name: fold(name) for name in window[-1]} if window else {}
+
+
+def open_log(workdir, step, total):
+    """Append to RUN/metrics.jsonl from `step` on: rows after it, from a run that was cut off, are dropped first."""
+    path = Path(workdir) / "metrics.jsonl"
+    rows = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue  # the part of a line that a crash left
+            if row["step"] <= step:
+                rows.append(line)
+        write_atomic(path, "".join(line + "\n" for line in rows).encode())
+    file = open(path, "a")  # noqa: SIM115 (closed by close)
+    board = None
+    if importlib.util.find_spec("tensorboardX"):
+        from tensorboardX import SummaryWriter
+
+        board = SummaryWriter(str(workdir), purge_step=step + 1)
+    show, hide = _console(step, total)
+
+    def write(row):
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        if board:
+            for name, value in row.items():
+                if value is not None:
+                    board.add_scalar(name, value, row["step"])
+        show(row)
+
+    def close():
+        hide()
+        file.close()
+        if board:
+            board.close()
+
+    return Log(write, close)
+
+
+def _console(step, total):
+    """(show, hide): a bar on a terminal, a line for each row otherwise."""
+
+    def text(row):
+        def number(name, form):
+            return "-" if row.get(name) is None else format(row[name], form)
+
+        return (
+            f"loss {number('loss', '.4f')}  grad {number('grad_norm', '.3f')}  lr {number('learning_rate', '.1e')}  "
+            f"{number('images_per_second', ',.0f')} images/s"
+            + (f"  skipped {row['skipped']}" if row["skipped"] else "")
+        )
+
+    if not sys.stdout.isatty():
+
+        def show(row):
+            rate = (time.monotonic() - start["time"]) / max(1, row["step"] - start["step"])
+            note(
+                f"step {row['step']:>{len(str(total))}}/{total}  {text(row)}  ETA {clock(rate * (total - row['step']))}"
+            )
+
+        return show, lambda: None
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bar = Progress(
+        MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TextColumn("ETA"), TimeRemainingColumn()
+    )
+    task = bar.add_task("", total=total, completed=step)
+    bar.start()
+    return lambda row: bar.update(task, completed=row["step"], description=text(row)), bar.stop
+
+
+def clock(seconds):
+    """Seconds as h:mm:ss."""
+    seconds = round(seconds)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

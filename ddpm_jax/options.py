@@ -1,0 +1,212 @@
+"""Dataclasses as options: a default, a meaning and rules for each field, read from text and checked once.
+
+The command line, JSON and Python all end in the same dataclasses, so they pass the same checks and raise
+`ConfigError` with the name, the value and the rule.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import types
+import typing
+
+from ddpm_jax.errors import ConfigError
+
+
+def option(default, help, *rules):
+    """A dataclass field with its meaning and its rules, each a pair (text, test of the value)."""
+    return dataclasses.field(default=default, metadata={"help": help, "rules": rules})
+
+
+def at_least(low):
+    return f"at least {low}", lambda value: value >= low
+
+
+def above(low):
+    return f"a number above {low}", lambda value: value > low
+
+
+def below(high):
+    return f"below {high}", lambda value: value < high
+
+
+def each(rule):
+    return f"a list, each {rule[0]}", lambda values: all(rule[1](value) for value in values)
+
+
+def one_of(*choices):
+    return "one of " + ", ".join(map(str, choices)), lambda value: value in choices
+
+
+finite = ("finite", math.isfinite)
+
+
+class Section:
+    """Checks types and rules of its fields when made, wherever the values come from."""
+
+    def __post_init__(self):
+        for field, kind in fields(type(self)):
+            value, name = getattr(self, field.name), f"{type(self).__name__.lower()}.{field.name}"
+            if not _is_a(kind, value):
+                raise ConfigError(f"{name}={to_text(value)} is not {_describe(kind)}")
+            for text, holds in field.metadata.get("rules", ()):
+                if not holds(value):
+                    raise ConfigError(f"{name}={to_text(value)} must be {text}")
+
+
+def fields(cls):
+    """The fields of a dataclass with their resolved types."""
+    kinds = typing.get_type_hints(cls)
+    return [(field, kinds[field.name]) for field in dataclasses.fields(cls)]
+
+
+def _is_a(kind, value):
+    if isinstance(kind, types.UnionType):
+        return any(_is_a(part, value) for part in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is_a(typing.get_args(kind)[0], part) for part in value)
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _describe(kind):
+    if isinstance(kind, types.UnionType):
+        return " or ".join(_describe(part) for part in typing.get_args(kind) if part is not types.NoneType)
+    if typing.get_origin(kind) is tuple:
+        return "a list like 16,8"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+
+
+def to_text(value):
+    """A value as it is written on the command line."""
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(to_text, value))
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "" if value is None else str(value)
+
+
+def from_text(kind, text):
+    """The value of type `kind` that `text` stands for; `ConfigError` when it stands for none."""
+    if isinstance(kind, types.UnionType):
+        for part in typing.get_args(kind):
+            if part is not types.NoneType and (part is str or _parses(part, text)):
+                return from_text(part, text)
+    elif typing.get_origin(kind) is tuple:
+        part = typing.get_args(kind)[0]
+        return tuple(from_text(part, piece) for piece in text.split(",") if piece)
+    elif kind is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    elif kind is str:
+        return text
+    elif kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    raise ConfigError(f"{text!r} is not {_describe(kind)}")
+
+
+def _parses(kind, text):
+    try:
+        from_text(kind, text)
+    except ConfigError:
+        return False
+    return True
+
+
+def leaves(cls, value, prefix=""):
+    """(dotted name, field, type, value) of every plain field below the dataclass instance `value`."""
+    for field, kind in fields(cls):
+        name, part = prefix + field.name, getattr(value, field.name)
+        if dataclasses.is_dataclass(kind):
+            yield from leaves(kind, part, name + ".")
+        else:
+            yield name, field, kind, part
+
+
+def replace(value, changes):
+    """`value` with the fields of the dotted names in `changes` replaced."""
+    here = {name: new for name, new in changes.items() if "." not in name}
+    for name in {name.split(".")[0] for name in changes if "." in name}:
+        below = {key[len(name) + 1 :]: new for key, new in changes.items() if key.startswith(name + ".")}
+        here[name] = replace(getattr(value, name), below)
+    return dataclasses.replace(value, **here)
+
+
+def nearest(name, known):
+    ending = name.split(".")[-1]
+    near = difflib.get_close_matches(name, known, 1, 0.6)
+    near = near or [k for k in known if k.split(".")[-1] == ending]
+    near = near or difflib.get_close_matches(ending, [k.split(".")[-1] for k in known], 1, 0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ConfigError(f"{message}; see python {self.prog} --help")
+
+
+def parse(cls, argv, prog, description, load=None):
+    """The command line as an instance of the dataclass `cls`.
+
+    With `load`, the field `config` is what `load` makes of the file named by `--config=FILE` (the field `config_file`),
+    then changed by `--config.a.b=value`. `_` and `-` are the same in an option's name. Every fault is a `ConfigError`.
+    """
+    argv = [_spelled(word) for word in argv]
+    parser = _Parser(prog, description=description, allow_abbrev=False, formatter_class=argparse.HelpFormatter)
+    default = cls()
+    if load:
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--config", default=cls.config_file)
+        asked = first.parse_known_args(argv)[0].config
+        parser.add_argument("--config", metavar="FILE", help=f"the experiment (default: {cls.config_file})")
+        default = dataclasses.replace(default, config=load(asked), config_file=asked)
+    known = {}
+    for name, field, kind, value in leaves(cls, default):
+        if "help" not in field.metadata:
+            continue
+        known[name] = kind
+        text = to_text(value)
+        parser.add_argument(
+            _spelled("--" + name),
+            dest=name,
+            metavar=_metavar(kind),
+            nargs="?" if kind is bool else None,
+            const="true" if kind is bool else None,
+            default=argparse.SUPPRESS,
+            help=field.metadata["help"].replace("%", "%%") + (f" (default: {text})" if text else ""),
+        )
+    given, rest = parser.parse_known_args(argv)
+    for word in rest:
+        name = word.split("=")[0].lstrip("-")
+        if not word.startswith("--"):
+            raise ConfigError(f"unexpected argument {word!r}; options are written --name=value")
+        raise ConfigError(f"unknown option {word.split('=')[0]}{nearest(name, known)}")
+    changes = {}
+    for name, text in vars(given).items():
+        if name != "config":
+            try:
+                changes[name] = from_text(known[name], text)
+            except ConfigError as error:
+                raise ConfigError(f"--{name}={text}: {error}") from error
+    return replace(default, changes)
+
+
+def _spelled(word):
+    """An option as --top-level-name or --config.section.field_name, whichever of - and _ was written."""
+    name, equals, value = word.partition("=")
+    if not name.startswith("--"):
+        return word
+    name = name[2:].replace("-", "_") if "." in name else name[2:].replace("_", "-")
+    return "--" + name + equals + value
+
+
+def _metavar(kind):
+    if isinstance(kind, types.UnionType):
+        kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) is tuple:
+        return "N,N"
+    return {int: "N", float: "X", bool: "true|false", str: "TEXT"}[kind]

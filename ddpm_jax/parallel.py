@@ -1,0 +1,132 @@
+"""Devices and processes; no other file knows of them.
+
+State is replicated and has no leading device axis (`in_axes=None, out_axes=None`); a batch has one. Since JAX 0.8
+`pmap` is `jit(shard_map)` inside, so the program is an ordinary partitioned one.
+"""
+
+import importlib.util
+import os
+import warnings
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ddpm_jax.errors import ConfigError, Diverged
+
+AXIS = "batch"
+
+
+def start(batch_size, platform="auto", distributed="auto", cpu_devices=0):
+    """Choose the devices and join the other processes; to be called before any array is made.
+
+    platform: auto, or cpu, gpu, tpu, which refuses anything else. distributed: off; auto, which joins where SLURM,
+    Open MPI or a TPU pod says that there are several processes; or "HOST:PORT,ID,COUNT" spelled out. cpu_devices: as
+    how many devices a CPU shows itself; 0 for one a core, as far as they divide the batch into shares of 16 images or
+    more (XLA uses several cores better so than from one device).
+    """
+    if platform != "auto":
+        jax.config.update("jax_platforms", platform)
+    if not cpu_devices and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        cpu_devices = max(n for n in range(1, cores + 1) if n == 1 or (batch_size % n == 0 and batch_size // n >= 16))
+    if cpu_devices:
+        jax.config.update("jax_num_cpu_devices", cpu_devices)
+    if distributed not in ("auto", "off"):
+        try:
+            address, process, count = distributed.split(",")
+            jax.distributed.initialize(address, int(count), int(process))
+        except ValueError as error:
+            raise ConfigError(f"distributed={distributed} is not auto, off or HOST:PORT,ID,COUNT") from error
+    elif distributed == "auto" and _among_several():
+        jax.distributed.initialize()
+    try:
+        found = jax.default_backend()
+    except RuntimeError as error:
+        raise ConfigError(f"platform={platform} is not available: {error}") from error
+    if platform not in ("auto", found):
+        raise ConfigError(f"platform={platform} is not available, JAX found {found}")
+    wanted = [name for name in ("CUDA_VISIBLE_DEVICES", "TPU_NAME") if os.environ.get(name)]
+    wanted += [path for path in ("/dev/nvidia0", "/dev/accel0") if os.path.exists(path)]
+    if found == "cpu" and platform == "auto" and wanted:
+        warnings.warn(
+            f"running on CPU although {wanted[0]} speaks of an accelerator; install ddpm-jax[cuda13] or [tpu], "
+            "or say --platform=cpu",
+            stacklevel=2,
+        )
+
+
+def _among_several():
+    counts = [os.environ.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")]
+    on_tpu = importlib.util.find_spec("libtpu") and os.path.exists("/dev/accel0")
+    return any(count != "1" for count in counts) or "JAX_COORDINATOR_ADDRESS" in os.environ or bool(on_tpu)
+
+
+def describe():
+    """The devices in words."""
+    kind = jax.devices()[0].device_kind
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return f"{jax.device_count()} x {kind} ({jax.default_backend()}){processes}"
+
+
+def is_first():
+    """Whether this process is the one that prints and writes."""
+    return jax.process_index() == 0
+
+
+def check_batch_size(batch_size, accumulate=1):
+    """Raise ConfigError unless the batch divides evenly over all devices and micro-batches."""
+    devices = jax.device_count()
+    unit = devices * accumulate
+    if batch_size % unit:
+        near = [size for size in (batch_size // unit * unit, -(-batch_size // unit) * unit) if size]
+        over = f"{devices} devices" + (f" of {accumulate} micro-batches each" if accumulate > 1 else "")
+        raise ConfigError(f"batch_size={batch_size} does not divide over {over}; try {' or '.join(map(str, near))}")
+
+
+def local_rows(batch_size):
+    """The rows of a global batch that belong to this process."""
+    share = batch_size // jax.process_count()
+    return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+
+
+def shard(batch):
+    """Cut this process's rows into one piece a device: (b, ...) -> (devices, b / devices, ...)."""
+    return jax.tree.map(lambda x: x.reshape(jax.local_device_count(), -1, *x.shape[1:]), batch)
+
+
+def replicate(tree):
+    """Place a tree whole on each device, exactly as the mapped functions return it, so that they compile once."""
+    mesh = Mesh(np.array(jax.local_devices()), (AXIS,))
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def pmap_step(train_step):
+    """The train step over all devices of all processes; the state it is given is used up (donated)."""
+    return jax.pmap(train_step, axis_name=AXIS, in_axes=(None, 0, None), out_axes=None, donate_argnums=0)
+
+
+def pmap_generate(generate):
+    """`generate` (see samplers.make_generate) over this process's devices and the images of each."""
+    batched = jax.vmap(generate, (None, None, 0, 0))
+    return jax.pmap(batched, axis_name=AXIS, in_axes=(None, None, 0, 0), devices=jax.local_devices())
+
+
+def generate_batches(generate, params, root, indices, labels=None, batch_size=64):
+    """Pictures of the given indices, one array (b, frames, H, W, C) after another, by a pmapped `generate`.
+
+    The batch is rounded up to the devices, the last one filled up and cut off again: one shape, one compilation.
+    Raises Diverged when a picture is not finite.
+    """
+    devices = jax.local_device_count()
+    batch_size = -(-min(batch_size, len(indices)) // devices) * devices
+    for start in range(0, len(indices), batch_size):
+        rows = np.arange(start, start + batch_size) % len(indices)
+        part = {"index": indices[rows], "label": None if labels is None else labels[rows]}
+        part = shard(part)
+        images, finite = jax.device_get(generate(params, root, part["index"], part["label"]))
+        keep = min(batch_size, len(indices) - start)
+        bad = ~finite.reshape(-1)[:keep]
+        if bad.any():
+            raise Diverged(f"sample {indices[rows[:keep]][bad][0]} is not finite; nothing was written for it")
+        yield images.reshape(-1, *images.shape[2:])[:keep]

@@ -1,0 +1,218 @@
+"""The U-Net of Ho et al. 2020 (appendix B) for one image, in Flax Linen.
+
+Nothing outside this file knows Flax: `make_unet` hands out two pure functions. Choices of the paper's code that its
+text leaves open: group norm with 32 groups and eps 1e-6; attention after every block of a level, also on the way up,
+and between the two middle blocks; the last convolution of each block, of the attention and of the network start at
+zero; a strided convolution pads (0, 1), which is what SAME means for an even side.
+"""
+
+import math
+import warnings
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ddpm_jax.errors import ConfigError
+
+fan_avg = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+
+
+def time_embedding(t, channels):
+    """sin and cos of (t - 1) at `channels` / 2 frequencies from 1 to 1/10000: (channels,).
+
+    The paper's code counts its steps from 0, so t - 1 is what its network was fed; the -1 is here and nowhere else.
+    """
+    half = channels // 2
+    frequencies = jnp.exp(-math.log(10000) * jnp.arange(half) / (half - 1))
+    angles = (jnp.asarray(t, jnp.float32) - 1) * frequencies
+    return jnp.pad(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)]), (0, channels % 2))
+
+
+def convolution(features, size, dtype, stride=1, zero=False, name=None):
+    """A convolution (H, W, C) -> (H / stride, W / stride, features); every one of the network is made here."""
+    init = nn.initializers.zeros if zero else fan_avg
+    return nn.Conv(features, (size, size), stride, padding="SAME", dtype=dtype, kernel_init=init, name=name)
+
+
+def dense(features, dtype, zero=False, name=None):
+    return nn.Dense(features, dtype=dtype, kernel_init=nn.initializers.zeros if zero else fan_avg, name=name)
+
+
+def group_norm(groups, channels, name=None):
+    """Group norm in float32. On one image all three axes are named, else Linen takes the first for the batch."""
+    groups = _largest_divisor(channels) if groups == "auto" else groups
+    return nn.GroupNorm(groups, epsilon=1e-6, reduction_axes=(-3, -2, -1), use_fast_variance=False, name=name)
+
+
+class ResBlock(nn.Module):
+    features: int
+    groups: int | str
+    dropout: float
+    scale_shift: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, embedding):
+        h = nn.swish(group_norm(self.groups, x.shape[-1], "norm_1")(x))
+        h = convolution(self.features, 3, self.dtype, name="conv_1")(h)
+        embedding = dense(self.features * (1 + self.scale_shift), self.dtype, name="time")(nn.swish(embedding))
+        norm = group_norm(self.groups, self.features, "norm_2")
+        if self.scale_shift:
+            scale, shift = jnp.split(embedding, 2)
+            h = norm(h) * (1 + scale) + shift
+        else:
+            h = norm(h + embedding)
+        h = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(nn.swish(h))
+        h = convolution(self.features, 3, self.dtype, zero=True, name="conv_2")(h)
+        if x.shape[-1] != self.features:
+            x = dense(self.features, self.dtype, name="shortcut")(x)
+        return x + h
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels, (H, W, C) -> (H, W, C), the softmax in float32."""
+
+    num_heads: int
+    groups: int | str
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        height, width, channels = x.shape
+        h = group_norm(self.groups, channels, "norm")(x)
+        q, k, v = (
+            dense(channels, self.dtype, name=name)(h).reshape(height * width, self.num_heads, -1) for name in "qkv"
+        )
+        weights = jnp.einsum("ihc,jhc->hij", q, k).astype(jnp.float32) / math.sqrt(channels // self.num_heads)
+        weights = jax.nn.softmax(weights).astype(v.dtype)
+        h = jnp.einsum("hij,jhc->ihc", weights, v).reshape(x.shape)
+        return x + dense(channels, self.dtype, zero=True, name="out")(h)
+
+
+class UNet(nn.Module):
+    out_channels: int
+    channels: int
+    multipliers: tuple[int, ...]
+    num_res_blocks: int
+    attention_resolutions: tuple[int, ...]
+    num_heads: int
+    dropout: float
+    num_classes: int
+    scale_shift: bool
+    groups: int | str
+    dtype: jnp.dtype
+    remat: bool
+
+    @nn.compact
+    def __call__(self, x, t, label):
+        make_block = nn.remat(ResBlock) if self.remat else ResBlock
+
+        def block(h, features, name):
+            return make_block(features, self.groups, self.dropout, self.scale_shift, self.dtype, name=name)(
+                h, embedding
+            )
+
+        def attend(h, name, always=False):
+            if always or min(h.shape[:2]) in self.attention_resolutions:
+                h = Attention(self.num_heads, self.groups, self.dtype, name=name)(h)
+            return h
+
+        embedding = dense(4 * self.channels, self.dtype, name="time_1")(time_embedding(t, self.channels))
+        embedding = dense(4 * self.channels, self.dtype, name="time_2")(nn.swish(embedding))
+        if self.num_classes:  # the entry after the last class stands for "no label"
+            label = self.num_classes if label is None else label
+            embedding += nn.Embed(self.num_classes + 1, 4 * self.channels, dtype=self.dtype, name="label")(label)
+
+        widths = [self.channels * m for m in self.multipliers]
+        h = convolution(self.channels, 3, self.dtype, name="conv_in")(x)
+        skips = [h]
+        for level, width in enumerate(widths):
+            for i in range(self.num_res_blocks):
+                h = attend(block(h, width, f"down_{level}_block_{i}"), f"down_{level}_attention_{i}")
+                skips.append(h)
+            if level < len(widths) - 1:
+                h = convolution(width, 3, self.dtype, stride=2, name=f"down_{level}_halve")(h)
+                skips.append(h)
+
+        h = block(h, widths[-1], "middle_block_0")
+        h = attend(h, "middle_attention", always=True)
+        h = block(h, widths[-1], "middle_block_1")
+
+        for level, width in reversed(list(enumerate(widths))):
+            for i in range(self.num_res_blocks + 1):
+                h = jnp.concatenate([h, skips.pop()], -1)
+                h = attend(block(h, width, f"up_{level}_block_{i}"), f"up_{level}_attention_{i}")
+            if level:
+                h = h.repeat(2, 0).repeat(2, 1)
+                h = convolution(width, 3, self.dtype, name=f"up_{level}_double")(h)
+
+        h = nn.swish(group_norm(self.groups, h.shape[-1], "norm_out")(h))
+        return convolution(self.out_channels, 3, jnp.float32, zero=True, name="conv_out")(h)
+
+
+def make_unet(shape, learned_variance=False, **options):
+    """(init, net) of the U-Net for images of `shape` (H, W, C); `options` are the fields of config.Model.
+
+    init(key) -> params, a tree of float32 arrays.
+    net(params, x_t, t, key=None, label=None) -> (H, W, C) float32, or (H, W, 2C) with `learned_variance`. A key means
+    training (dropout), none means evaluation. x_t: float32 (H, W, C); t: scalar in 1..T; label: class or None.
+    Raises ConfigError for a size that the levels do not halve, or widths that groups or heads do not divide.
+    """
+    _check(shape, **options)
+    options["dtype"] = jnp.dtype(options["dtype"])
+    module = UNet(out_channels=shape[-1] * (1 + learned_variance), **options)
+
+    def init(key):
+        return module.init(key, jnp.zeros(shape), jnp.int32(1), None)["params"]
+
+    def net(params, x_t, t, key=None, label=None):
+        rngs = None if key is None else {"dropout": key}
+        return module.apply({"params": params}, x_t, t, label, rngs=rngs)
+
+    return init, net
+
+
+def _largest_divisor(channels, limit=32):
+    return max(g for g in range(1, limit + 1) if channels % g == 0)
+
+
+def _normed_widths(widths, channels, num_res_blocks):
+    """The channel counts that a group norm meets, the joined skips of the way up among them."""
+    skips = [channels]
+    for width in widths:
+        skips += [width] * (num_res_blocks + 1)
+    skips.pop()  # the last level is not halved
+    met, h = {*skips}, widths[-1]
+    for width in reversed(widths):
+        for _ in range(num_res_blocks + 1):
+            met.add(h + skips.pop())
+            h = width
+    return met
+
+
+def _check(shape, channels, multipliers, num_res_blocks, attention_resolutions, num_heads, groups, **_):
+    height, width, _ = shape
+    widths = [channels * m for m in multipliers]
+    unit = 2 ** (len(multipliers) - 1)
+    if height % unit or width % unit:
+        low, high = ([max(unit, side // unit * unit), -(-side // unit) * unit] for side in (height, width))
+        fits = " or ".join(f"{h}x{w}" for h, w in dict.fromkeys(zip(low, high, strict=True)))
+        raise ConfigError(
+            f"images of {height}x{width} cannot be halved {len(multipliers) - 1} times, "
+            f"as model.multipliers={','.join(map(str, multipliers))} asks; sizes that fit: {fits}"
+        )
+    for each in sorted(_normed_widths(widths, channels, num_res_blocks)):
+        if groups != "auto" and each % groups:
+            raise ConfigError(
+                f"model.groups={groups} does not divide the {each} channels that the U-Net has with "
+                f"model.channels={channels}; take channels that are a multiple of {groups}, or model.groups=auto"
+            )
+    for each in widths:
+        if each % num_heads:
+            raise ConfigError(f"model.num_heads={num_heads} does not divide the {each} channels of a level")
+    sides = [min(height, width) // 2**level for level in range(len(multipliers))]
+    for side in set(attention_resolutions) - set(sides):
+        warnings.warn(
+            f"model.attention_resolutions: no level has the resolution {side}; the levels have {sides}", stacklevel=3
+        )

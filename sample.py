@@ -1,0 +1,132 @@
+"""Sample from a trained run: python sample.py --workdir=runs/digits --num=64 --seed=0
+
+Needs the folder of the run and nothing else. Image i of a seed is the same picture in any batch.
+"""
+
+import dataclasses
+import io
+import sys
+import time
+from pathlib import Path
+
+from ddpm_jax import errors, options
+from ddpm_jax.files import write_atomic
+
+
+@dataclasses.dataclass(frozen=True)
+class Args(options.Section):
+    workdir: str = options.option("runs/digits", "folder of the run")
+    num: int = options.option(64, "images", options.at_least(1))
+    seed: int = options.option(0, "seed of the images", options.at_least(0), options.below(2**32))
+    sampler: str = options.option("ddpm", "a name in ddpm_jax.samplers.SAMPLERS")
+    steps: int = options.option(0, "sampling steps; 0 for all T", options.at_least(0))
+    spacing: str = options.option("trailing", "of the times, a name in ddpm_jax.schedules.SPACINGS")
+    eta: float | None = options.option(None, "noise of the sampler ddim, from 0 to 1")
+    weights: str = options.option("ema", "averaged or plain parameters", options.one_of("ema", "raw"))
+    label: int | None = options.option(None, "class of all images; without it each class in turn")
+    batch_size: int = options.option(64, "images at a time, over all devices", options.at_least(1))
+    out: str = options.option("", "folder to write to; WORKDIR/out when empty")
+    png: bool = options.option(False, "also write each image as a PNG")
+    gif: bool = options.option(False, "also write a GIF of the first batch being denoised")
+    overwrite: bool = options.option(False, "write into a folder that already holds samples")
+    platform: str = options.option("auto", "what to run on", options.one_of("auto", "cpu", "gpu", "tpu"))
+    cpu_devices: int = options.option(0, "as how many devices a CPU is used; 0 for one a core", options.at_least(0))
+    debug: bool = options.option(False, "show tracebacks")
+
+
+FRAMES = 40  # of the GIF
+
+
+def main():
+    args = options.parse(Args, sys.argv[1:], "sample.py", __doc__)
+    workdir = Path(args.workdir).expanduser()
+    folder, out = workdir / "checkpoints", Path(args.out or workdir / "out").expanduser()
+    if not folder.is_dir():
+        raise errors.CheckpointError(
+            f"there is no run in {workdir} (no folder checkpoints); train first, or see --workdir"
+        )
+    if (out / "samples.npz").exists() and not args.overwrite:
+        raise errors.ConfigError(f"{out} already holds samples; take another --out, or say --overwrite")
+
+    import numpy as np
+
+    from ddpm_jax import experiment, images, keys, log, parallel
+
+    parallel.start(args.batch_size, args.platform, "off", args.cpu_devices)
+    parts, params, step = restore(folder, args.weights)
+    steps = args.steps or parts.config.diffusion.T
+    log.note(
+        f"step {step:,} of {workdir}, {args.weights} weights, {args.sampler} with {steps} steps, {parallel.describe()}"
+    )
+    indices, root = np.arange(args.num), keys.root(args.seed, "sample")
+    labels = choose_labels(args.label, parts.config.model.num_classes, indices)
+
+    given = {} if args.eta is None else {"eta": args.eta}
+    generate = experiment.make_generate(parts, args.sampler, steps, args.spacing, **given)
+    params = parallel.replicate(params)
+    clock, batches = time.monotonic(), []
+    for batch in parallel.generate_batches(
+        parallel.pmap_generate(generate), params, root, indices, labels, args.batch_size
+    ):
+        batches.append(batch[:, -1])
+        done, took = sum(map(len, batches)), time.monotonic() - clock
+        log.note(f"{done}/{args.num} images, {done / took:.1f} a second")
+    samples = np.concatenate(batches)
+
+    buffer = io.BytesIO()
+    np.savez(buffer, images=samples, **({} if labels is None else {"labels": labels}))
+    write_atomic(out / "samples.npz", buffer.getvalue())
+    images.save_png(out / "grid.png", images.grid(samples[:256]))
+    if args.png:
+        for index, image in zip(indices, samples, strict=True):
+            images.save_png(out / f"image_{index:06}.png", image)
+    if args.gif:
+        generate = experiment.make_generate(parts, args.sampler, steps, args.spacing, frames=FRAMES, **given)
+        first = slice(0, min(args.num, args.batch_size, 64))
+        path = next(
+            parallel.generate_batches(
+                parallel.pmap_generate(generate),
+                params,
+                root,
+                indices[first],
+                labels and labels[first],
+                args.batch_size,
+            )
+        )
+        images.save_gif(out / "denoising.gif", [images.grid(path[:, frame]) for frame in range(FRAMES)])
+    log.note(f"wrote {out / 'grid.png'} and samples.npz")
+    return 0
+
+
+def restore(folder, weights):
+    """(Experiment, parameters, step) of the newest whole checkpoint of a run."""
+    import json
+
+    import jax
+
+    from ddpm_jax import checkpoint, config, experiment
+
+    item = {"ema": "ema_params", "raw": "params"}[weights]
+
+    def parts_of(meta):
+        return experiment.make(config.from_json(json.dumps(meta["config"]), f"{folder}, meta"), meta["shape"])
+
+    def expect(meta):
+        return {item: jax.eval_shape(parts_of(meta).init, jax.random.key(0))}
+
+    meta, trees = checkpoint.load(folder, [item], expect)
+    return parts_of(meta), trees[item], meta["step"]
+
+
+def choose_labels(label, num_classes, indices):
+    """One label an image, or None for a model without classes."""
+    if label is None:
+        return indices % num_classes if num_classes else None
+    if not 0 <= label < num_classes:
+        what = f"labels 0 to {num_classes - 1}" if num_classes else "no labels"
+        raise errors.ConfigError(f"label={label}, but the model has {what}")
+    return indices * 0 + label
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run(main))
