@@ -100,10 +100,8 @@ def _console(step, total):
     if not sys.stdout.isatty():
 
         def show(row):
-            rate = (time.monotonic() - start["time"]) / max(1, row["step"] - start["step"])
-            note(
-                f"step {row['step']:>{len(str(total))}}/{total}  {text(row)}  ETA {clock(rate * (total - row['step']))}"
-            )
+            eta = clock(row["seconds_per_step"] * (total - row["step"]))
+            note(f"step {row['step']:>{len(str(total))}}/{total}  {text(row)}  ETA {eta}")
 
         return show, lambda: None
 
