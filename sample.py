@@ -14,7 +14,7 @@ from ddpm_jax.files import write_atomic
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(options.Section):
+class Args(options.Arguments):
     workdir: str = options.option("runs/digits", "folder of the run")
     num: int = options.option(64, "images", options.at_least(1))
     seed: int = options.option(0, "seed of the images", options.at_least(0), options.below(2**32))

@@ -19,7 +19,7 @@ from ddpm_jax.files import write_atomic
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(options.Section):
+class Args(options.Arguments):
     config: configs.Config = dataclasses.field(default_factory=configs.Config)
     config_file: str = "configs/digits.py"
     workdir: str = options.option("", "folder of the run; runs/NAME of the config file when empty")

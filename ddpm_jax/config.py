@@ -1,4 +1,4 @@
-"""What can be chosen: nested frozen dataclasses whose defaults are the paper's CIFAR-10 run.
+"""What can be chosen: nested frozen dataclasses. Where data do not decide, the defaults are the paper's CIFAR-10.
 
 Values come from a config file (`--config=configs/digits.py`), from the command line (`--config.train.steps=500`) and
 from the JSON stored with a run; options.py says how they are read and checked.
@@ -33,7 +33,10 @@ class Data(Section):
     source: str = option("tfds:cifar10", "digits, tfds:NAME, folder:DIR or npz:FILE")
     split: str = option("train", "split of a tfds source, in the spelling of TFDS")
     image_size: tuple[int, ...] = option(
-        (), "height,width in pixels; one number for a square; empty for the data's own", each(at_least(1))
+        (),
+        "height,width in pixels; one number for a square; empty for the data's own",
+        each(at_least(1)),
+        ("one or two numbers", lambda v: len(v) <= 2),
     )
     channels: int = option(0, "1 gray, 3 RGB, 0 for the data's own", one_of(0, 1, 3))
     flip: bool = option(False, "mirror images at random, left to right")
@@ -48,7 +51,10 @@ class Data(Section):
 class Model(Section):
     channels: int = option(128, "width at full resolution", at_least(4))
     multipliers: tuple[int, ...] = option(
-        (1, 2, 2, 2), "width of each level over `channels`; each further level halves the image", each(at_least(1))
+        (1, 2, 2, 2),
+        "width of each level over `channels`; each further level halves the image",
+        each(at_least(1)),
+        ("at least one number", len),
     )
     num_res_blocks: int = option(2, "residual blocks a level on the way down; one more on the way up", at_least(1))
     attention_resolutions: tuple[int, ...] = option(
@@ -135,13 +141,16 @@ def from_json(text, where="config.json"):
     try:
         sections = json.loads(text)
         given = {f"{a}.{b}": value for a, section in sections.items() for b, value in section.items()}
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{where} does not hold a config ({error})") from error
     kinds = {name: kind for name, _, kind, _ in leaves(Config, Config())}
     for name in given:
         if name not in kinds:
             raise ConfigError(f"unknown key {name} in {where}{nearest(name, kinds)}")
-    return replace(Config(), {name: from_text(kinds[name], to_text(value)) for name, value in given.items()})
+    try:
+        return replace(Config(), {name: from_text(kinds[name], to_text(value), name) for name, value in given.items()})
+    except ConfigError as error:
+        raise ConfigError(f"{error} (in {where})") from error
 
 
 def differences(old, new):
@@ -161,7 +170,8 @@ def load(path):
         raise ConfigError(f"{error} (in {path})") from error
     except Exception as error:
         lines = [at.lineno for at in traceback.extract_tb(error.__traceback__) if at.filename == str(path)]
-        line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
+        here = isinstance(error, SyntaxError) and error.filename == str(path)
+        line = error.lineno if here else lines[-1] if lines else None
         what = "it has no get_config()" if isinstance(error, KeyError) and error.args == ("get_config",) else error
         where = f"{path}, line {line}" if line else path
         raise ConfigError(f"the config file fails ({where}): {type(error).__name__}: {what}") from error

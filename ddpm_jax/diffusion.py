@@ -71,7 +71,7 @@ PARAMETERIZATIONS = {
     "v": Parameterization(  # Salimans & Ho 2022, appendix D
         target=lambda x_0, eps, logsnr: _alpha(logsnr) * eps - _sigma(logsnr) * x_0,
         x_0=lambda output, x_t, logsnr: _alpha(logsnr) * x_t - _sigma(logsnr) * output,
-        eps_error=lambda error, logsnr: error / _alpha(logsnr),
+        eps_error=lambda error, logsnr: _alpha(logsnr) * error,
     ),
 }
 

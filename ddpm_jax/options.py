@@ -47,12 +47,22 @@ class Section:
 
     def __post_init__(self):
         for field, kind in fields(type(self)):
-            value, name = getattr(self, field.name), f"{type(self).__name__.lower()}.{field.name}"
+            value, name = getattr(self, field.name), self._name_of(field)
             if not _is_a(kind, value):
                 raise ConfigError(f"{name}={to_text(value)} is not {_describe(kind)}")
             for text, holds in field.metadata.get("rules", ()):
                 if not holds(value):
                     raise ConfigError(f"{name}={to_text(value)} must be {text}")
+
+    def _name_of(self, field):
+        return f"{type(self).__name__.lower()}.{field.name}"
+
+
+class Arguments(Section):
+    """The options of a script."""
+
+    def _name_of(self, field):
+        return _spelled("--" + field.name)
 
 
 def fields(cls):
@@ -88,15 +98,16 @@ def to_text(value):
     return "" if value is None else str(value)
 
 
-def from_text(kind, text):
-    """The value of type `kind` that `text` stands for; `ConfigError` when it stands for none."""
+def from_text(kind, text, name):
+    """The value of type `kind` that `text` stands for; ConfigError with the option's `name` when it stands for none."""
     if isinstance(kind, types.UnionType):
         for part in typing.get_args(kind):
             if part is not types.NoneType and (part is str or _parses(part, text)):
-                return from_text(part, text)
+                return from_text(part, text, name)
     elif typing.get_origin(kind) is tuple:
-        part = typing.get_args(kind)[0]
-        return tuple(from_text(part, piece) for piece in text.split(",") if piece)
+        part, pieces = typing.get_args(kind)[0], [piece for piece in text.split(",") if piece]
+        if all(_parses(part, piece) for piece in pieces):
+            return tuple(from_text(part, piece, name) for piece in pieces)
     elif kind is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
     elif kind is str:
@@ -106,12 +117,12 @@ def from_text(kind, text):
             return kind(text)
         except ValueError:
             pass
-    raise ConfigError(f"{text!r} is not {_describe(kind)}")
+    raise ConfigError(f"{name}={text} is not {_describe(kind)}")
 
 
 def _parses(kind, text):
     try:
-        from_text(kind, text)
+        from_text(kind, text, "")
     except ConfigError:
         return False
     return True
@@ -137,11 +148,12 @@ def replace(value, changes):
 
 
 def nearest(name, known):
-    ending = name.split(".")[-1]
-    near = difflib.get_close_matches(name, known, 1, 0.6)
-    near = near or [k for k in known if k.split(".")[-1] == ending]
-    near = near or difflib.get_close_matches(ending, [k.split(".")[-1] for k in known], 1, 0.6)
-    return f"; did you mean {near[0]}?" if near else ""
+    """A question that names the one of `known` that is nearly `name`, judged by its last part or initials (lr)."""
+    last = name.split(".")[-1].replace("-", "_")
+    ends = {full.split(".")[-1]: full for full in known}
+    initials = {"".join(word[:1] for word in end.split("_")): full for end, full in ends.items() if end[0] == last[:1]}
+    near = difflib.get_close_matches(last, ends, 1, 0.75) or difflib.get_close_matches(last, initials, 1, 0.75)
+    return f"; did you mean {(initials | ends)[near[0]]}?" if near else ""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -159,7 +171,7 @@ def parse(cls, argv, prog, description, load=None):
     parser = _Parser(prog, description=description, allow_abbrev=False, formatter_class=argparse.HelpFormatter)
     default = cls()
     if load:
-        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first = _Parser(prog, add_help=False, allow_abbrev=False)
         first.add_argument("--config", default=cls.config_file)
         asked = first.parse_known_args(argv)[0].config
         parser.add_argument("--config", metavar="FILE", help=f"the experiment (default: {cls.config_file})")
@@ -185,13 +197,9 @@ def parse(cls, argv, prog, description, load=None):
         if not word.startswith("--"):
             raise ConfigError(f"unexpected argument {word!r}; options are written --name=value")
         raise ConfigError(f"unknown option {word.split('=')[0]}{nearest(name, known)}")
-    changes = {}
-    for name, text in vars(given).items():
-        if name != "config":
-            try:
-                changes[name] = from_text(known[name], text)
-            except ConfigError as error:
-                raise ConfigError(f"--{name}={text}: {error}") from error
+    changes = {
+        name: from_text(known[name], text, "--" + name) for name, text in vars(given).items() if name != "config"
+    }
     return replace(default, changes)
 
 

@@ -121,7 +121,7 @@ class UNet(nn.Module):
         embedding = dense(4 * self.channels, self.dtype, name="time_1")(time_embedding(t, self.channels))
         embedding = dense(4 * self.channels, self.dtype, name="time_2")(nn.swish(embedding))
         if self.num_classes:  # the entry after the last class stands for "no label"
-            label = self.num_classes if label is None else label
+            label = jnp.asarray(self.num_classes if label is None else label)
             embedding += nn.Embed(self.num_classes + 1, 4 * self.channels, dtype=self.dtype, name="label")(label)
 
         widths = [self.channels * m for m in self.multipliers]

@@ -18,7 +18,7 @@ def find(folder):
         for name in names:
             if os.fsdecode(name).lower().endswith(SUFFIXES) and not name.startswith(b"."):
                 path = os.path.join(directory, name)
-                at = os.lstat(path)
+                at = os.stat(path) if os.path.exists(path) else os.lstat(path)  # a link counts as what it leads to
                 found.append((os.fsdecode(path), at.st_size, at.st_mtime_ns))
     return sorted(found, key=lambda entry: os.fsencode(entry[0]))
 
@@ -49,12 +49,19 @@ def fit(picture, image_size, channels):
     wanted_height, wanted_width = image_size or (height, width)
     scale = min(width / wanted_width, height / wanted_height)
     if scale != 1 or picture.size != (wanted_width, wanted_height):
-        left, top = (width - wanted_width * scale) / 2, (height - wanted_height * scale) / 2
-        box = (left, top, left + wanted_width * scale, top + wanted_height * scale)
-        method = Image.Resampling.BOX if scale >= 1 else Image.Resampling.BICUBIC
-        picture = picture.resize((wanted_width, wanted_height), method, box)
+        across, down = min(width, wanted_width * scale), min(height, wanted_height * scale)  # Pillow minds rounding
+        left, top = (width - across) / 2, (height - down) / 2
+        box = (left, top, left + across, top + down)
+        picture = picture.resize((wanted_width, wanted_height), _filter(scale), box)
     array = np.asarray(picture, np.uint8)
     return array[..., None] if array.ndim == 2 else array
+
+
+def _filter(scale):
+    """The mean of whole blocks where it can be; otherwise smooth filters, as BOX would weigh pixels unevenly."""
+    if scale < 1:
+        return Image.Resampling.BICUBIC
+    return Image.Resampling.BOX if scale == int(scale) else Image.Resampling.HAMMING
 
 
 def _to_8_bits(picture):

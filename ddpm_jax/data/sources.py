@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,16 +38,14 @@ def from_npz(path, image_size, channels, **_):
     try:
         file = np.load(Path(path).expanduser(), mmap_mode="r", allow_pickle=False)
         arrays = {"images": file} if isinstance(file, np.ndarray) else {name: file[name] for name in file.files}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"cannot read {path} as npz: {error}") from error
     if "images" not in arrays:
         raise DataError(f"{path} has no array 'images'; it has {', '.join(arrays) or 'nothing'}")
     images, labels = arrays["images"], arrays.get("labels")
     if images.dtype != np.uint8:
-        low, high = (images.min(), images.max()) if images.size else (0, 0)
-        raise DataError(
-            f"images of {path} are {images.dtype} from {low} to {high}; scale to 0..255, round, save as uint8"
-        )
+        values = f" from {images.min()} to {images.max()}" if images.dtype.kind in "fiub" and images.size else ""
+        raise DataError(f"images of {path} are {images.dtype}{values}; scale to 0..255, round, save as uint8")
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim != 4 or images.shape[-1] not in (1, 3):
@@ -59,6 +59,8 @@ def from_npz(path, image_size, channels, **_):
 
 def from_folder(folder, image_size, channels, max_unreadable=0.1, cache_dir="~/.cache/ddpm_jax", **_):
     """All pictures below a folder, decoded once into a memory map; a changed folder is decoded anew."""
+    if not folder:
+        raise DataError("data.source=folder: names no folder; say for example --config.data.source=folder:my_pictures")
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder} (data.source=folder:{folder})")
@@ -85,8 +87,9 @@ def from_tfds(name, image_size, channels, split="train", data_dir="", cache_dir=
 
     try:
         builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
-    except tfds.core.registered.DatasetNotFoundError as error:
-        raise DataError(f"TFDS knows no data set {name} (data.source=tfds:{name})") from error
+    except (tfds.core.registered.DatasetNotFoundError, ValueError, AssertionError) as error:
+        reason = _first_line(error)
+        raise DataError(f"TFDS cannot open data set {name} (data.source=tfds:{name}): {reason}") from error
     return _from_builder(builder, image_size, channels, split, cache_dir)
 
 
@@ -96,7 +99,10 @@ def from_digits(_, image_size, channels, split="train", data_dir="", cache_dir="
 
     from ddpm_jax.data.digits import Digits
 
-    builder = Digits(data_dir=data_dir or None, file_format="array_record")
+    try:
+        builder = Digits(data_dir=data_dir or None, file_format="array_record")
+    except ValueError as error:
+        raise DataError(f"cannot use the prepared digits: {_first_line(error)}; give another data.data_dir") from error
     if not builder.is_prepared():
         note(f"preparing the digits in {builder.data_dir}")
         tfds.disable_progress_bar()
@@ -110,7 +116,8 @@ SOURCES = {"digits": from_digits, "tfds": from_tfds, "folder": from_folder, "npz
 def _from_builder(builder, image_size, channels, split, cache_dir):
     try:
         rows = builder.as_data_source(split=split)
-    except (NotImplementedError, ValueError, AssertionError, OSError) as error:
+        rows[0]["image"]  # only now is a file opened
+    except (RuntimeError, ValueError, LookupError, AssertionError, OSError) as error:
         raise DataError(
             f"TFDS data set {builder.info.full_name} is not prepared as array_record in {builder.data_dir}, or has no "
             f"split {split}; prepare it with download_and_prepare(file_format='array_record') ({_first_line(error)})"
@@ -154,8 +161,12 @@ def _decode(name, state, items, get, shape, max_unreadable, cache_dir):
     key = hashlib.sha256(f"{name}:{shape}".encode("utf8", "replace")).hexdigest()[:16]
     base = Path(cache_dir).expanduser() / key
     about, images, labels = (base.with_suffix(suffix) for suffix in (".json", ".npy", ".labels.npy"))
-    if not about.is_file() or json.loads(about.read_text())["state"] != state:
+    if (
+        not (about.is_file() and images.is_file() and labels.is_file())
+        or json.loads(about.read_text())["state"] != state
+    ):
         base.parent.mkdir(parents=True, exist_ok=True)
+        about.unlink(missing_ok=True)  # it no longer tells the truth, also when decoding fails
         bad = _decode_to(images, labels, items, get, shape)
         if len(bad) > max_unreadable * len(items):
             raise DataError(f"{_unreadable(bad, items)}, more than data.max_unreadable={max_unreadable:g} of them")
@@ -176,10 +187,11 @@ def _decode_to(images, labels, items, get, shape):
         try:
             return get(item), None
         except Exception as error:  # whatever a damaged file makes Pillow raise
-            return None, f"{item} ({_first_line(error)})"
+            reason = f"{item} ({_first_line(error)})"
+            return None, reason.encode("utf8", "backslashreplace").decode()  # names need not be UTF-8
 
     bad, kept = [], []
-    part = images.with_suffix(f".{os.getpid()}.part")
+    part, shorter = (images.with_suffix(f".{os.getpid()}.{name}") for name in ("part", "shorter"))
     try:
         array = np.lib.format.open_memmap(part, "w+", np.uint8, (len(items), *shape))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -189,14 +201,13 @@ def _decode_to(images, labels, items, get, shape):
                 else:
                     array[len(kept)] = done[0]
                     kept.append(done[1])
+        array.flush()
         if bad:
-            array = array[: len(kept)].copy()
-            np.save(part.open("wb"), array)
-        else:
-            array.flush()
-        del array
-        os.replace(part, images)
+            with shorter.open("wb") as file:
+                np.save(file, array[: len(kept)])
+        os.replace(shorter if bad else part, images)
     finally:
         part.unlink(missing_ok=True)
+        shorter.unlink(missing_ok=True)
     np.save(labels, np.asarray(kept, np.int32))
     return bad

@@ -1,0 +1,75 @@
+"""Eight virtual devices for all tests, and a net small enough to compile in seconds."""
+
+import contextlib
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiling is most of the time; whole runs use the real settings
+
+import jax
+import numpy as np
+import pytest
+
+from ddpm_jax import diffusion, schedules, unet
+
+TINY = {
+    "channels": 8,
+    "multipliers": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (4,),
+    "num_heads": 2,
+    "dropout": 0.0,
+    "num_classes": 0,
+    "scale_shift": False,
+    "groups": 4,
+    "dtype": "float32",
+    "remat": False,
+}
+
+
+def random_params(init, seed=0):
+    """Random parameters as NumPy arrays, also where the real ones start at zero, so that every layer takes part."""
+    random = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        return (0.1 * random.normal(size=leaf.shape) + (path[-1].key == "scale")).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(init, jax.random.key(0)))
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """(net, params) of a small U-Net for 8x8 gray images."""
+    init, net = unet.make_unet((8, 8, 1), **TINY)
+    return net, random_params(init)
+
+
+@pytest.fixture(scope="session")
+def linear():
+    return schedules.from_betas(schedules.linear_betas())
+
+
+@pytest.fixture(scope="session")
+def tiny_loss(tiny, linear):
+    return diffusion.make_loss(tiny[0], linear, diffusion.PARAMETERIZATIONS["eps"], diffusion.WEIGHTINGS["simple"])
+
+
+@pytest.fixture
+def compilations():
+    """A context manager whose value tells how many programs were compiled inside it."""
+    compiled = []
+
+    def listen(event, duration, **_):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+
+    @contextlib.contextmanager
+    def count():
+        before = len(compiled)
+        yield lambda: len(compiled) - before
+
+    yield count
+    jax.monitoring.unregister_event_duration_listener(listen)

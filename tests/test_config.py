@@ -1,0 +1,350 @@
+"""Options from the command line, from JSON and from config files, and what is said when they are wrong."""
+
+import dataclasses
+import json
+import math
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ddpm_jax import config as configs
+from ddpm_jax import options
+from ddpm_jax.config import Config, Data, Diffusion, Model, Train
+from ddpm_jax.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+
+
+EVERY = {f"{part.name}.{field.name}" for part in dataclasses.fields(Config) for field in dataclasses.fields(part.type)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Args(options.Section):
+    """A command line like that of train.py."""
+
+    config: Config = dataclasses.field(default_factory=Config)
+    config_file: str = "configs/digits.py"
+    workdir: str = options.option("", "a folder")
+    dry_run: bool = options.option(False, "a flag")
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def parse(*argv):
+    return options.parse(Args, argv, "train.py", "Train.", configs.load)
+
+
+# --- values
+
+
+def test_defaults_are_the_papers_cifar10_run():
+    """Ho et al. 2020, appendix B, and their run_cifar.py."""
+    config = Config()
+    assert config.data.source == "tfds:cifar10"
+    assert (config.model.channels, config.model.multipliers, config.model.num_res_blocks) == (128, (1, 2, 2, 2), 2)
+    assert (config.model.attention_resolutions, config.model.num_heads) == ((16,), 1)
+    assert (config.model.groups, config.model.dropout, config.model.num_classes) == (32, 0.1, 0)
+    assert (config.diffusion.T, config.diffusion.schedule, config.diffusion.variance) == (1000, "linear", "fixedlarge")
+    assert (config.diffusion.parameterization, config.diffusion.weighting) == ("eps", "simple")
+    assert (config.train.steps, config.train.batch_size) == (800_000, 128)
+    assert (config.train.learning_rate, config.train.warmup_steps, config.train.grad_clip) == (2e-4, 5000, 1.0)
+    assert config.train.ema_decay == 0.9999
+
+
+@pytest.mark.parametrize(
+    ("argv", "section", "name", "value"),
+    [
+        (["--config.train.steps=7"], "train", "steps", 7),
+        (["--config.train.steps", "7"], "train", "steps", 7),
+        (["--config.train.learning_rate=3"], "train", "learning_rate", 3.0),
+        (["--config.train.learning-rate=1e-3"], "train", "learning_rate", 1e-3),
+        (["--config.train.learning_rate", "1e-3"], "train", "learning_rate", 1e-3),
+        (["--config.train.grad_clip=inf"], "train", "grad_clip", math.inf),
+        (["--config.data.flip=true"], "data", "flip", True),
+        (["--config.data.flip"], "data", "flip", True),
+        (["--config.data.flip", "--config.data.flip=False"], "data", "flip", False),
+        (["--config.data.source=folder:my-own_pictures"], "data", "source", "folder:my-own_pictures"),
+        (["--config.data.source=npz:a=b.npz"], "data", "source", "npz:a=b.npz"),
+        (["--config.data.image_size=64"], "data", "image_size", (64,)),
+        (["--config.data.image-size=64,48"], "data", "image_size", (64, 48)),
+        (["--config.data.image_size="], "data", "image_size", ()),
+        (["--config.model.multipliers=1,2,2"], "model", "multipliers", (1, 2, 2)),
+        (["--config.model.groups=auto"], "model", "groups", "auto"),
+        (["--config.model.groups=8"], "model", "groups", 8),
+        (["--config.diffusion.T=250"], "diffusion", "T", 250),
+        (["--config.train.steps=7", "--config.train.steps=8"], "train", "steps", 8),
+    ],
+)
+def test_one_value_changes_and_the_rest_stays(argv, section, name, value):
+    """The rest is that of the config file; the type is right too, not only what compares equal."""
+    before, after = dataclasses.asdict(configs.load("configs/digits.py")), dataclasses.asdict(parse(*argv).config)
+    assert repr(after[section].pop(name)) == repr(value)
+    before[section].pop(name)
+    assert after == before
+
+
+def test_options_beside_the_config():
+    assert parse("--workdir=runs/a-b_c", "--dry-run") == parse("--workdir", "runs/a-b_c", "--dry_run=true")
+    args = parse("--workdir=runs/a-b_c", "--dry-run")
+    assert (args.workdir, args.dry_run) == ("runs/a-b_c", True)
+    assert args.config == configs.load("configs/digits.py")
+
+
+def test_another_config_file(tmp_path):
+    text = (
+        "from ddpm_jax.config import Config, Train\n\n\ndef get_config():\n    return Config(train=Train(steps=123))\n"
+    )
+    (tmp_path / "my-own_file.py").write_text(text)
+    for argv in ([f"--config={tmp_path}/my-own_file.py"], ["--config", f"{tmp_path}/my-own_file.py"]):
+        args = parse(*argv, "--config.train.seed=4")
+        assert args.config == Config(train=Train(steps=123, seed=4))
+        assert args.config_file == f"{tmp_path}/my-own_file.py"
+
+
+# --- faults
+
+
+@pytest.mark.parametrize(
+    ("argv", "fragment"),
+    [
+        (["--config.train.lrr=3"], "unknown option --config.train.lrr; did you mean config.train.learning_rate?"),
+        (["--config.train.step=3"], "--config.train.step; did you mean config.train.steps?"),
+        (["--config.train.learning_rat", "3"], "did you mean config.train.learning_rate?"),
+        (["--config.trian.batch-size=3"], "did you mean config.train.batch_size?"),
+        (["--train.steps=3"], "did you mean config.train.steps?"),
+        (["--bogus"], "unknown option --bogus"),
+        (["--config.train.steps=abc"], "--config.train.steps=abc is not a whole number"),
+        (["--config.train.steps=1.5"], "--config.train.steps=1.5 is not a whole number"),
+        (["--config.train.steps="], "--config.train.steps= is not a whole number"),
+        (["--config.train.steps"], "--config.train.steps: expected one argument"),
+        (["--config"], "--config: expected one argument"),
+        (["--config.train.learning_rate=fast"], "--config.train.learning_rate=fast is not a number"),
+        (["--config.data.flip=maybe"], "--config.data.flip=maybe is not true or false"),
+        (["--dry-run=maybe"], "=maybe is not true or false"),
+        (["--config.model.multipliers=1,x"], "--config.model.multipliers=1,x is not a list like 16,8"),
+        (["--config.model.multipliers="], "model.multipliers= must be at least one number"),
+        (["--config.model.multipliers=1,0"], "model.multipliers=1,0 must be a list, each at least 1"),
+        (["--config.model.groups=many"], "model.groups=many must be a number above 0 or auto"),
+        (["--config.model.dtype=float16"], "model.dtype=float16 must be one of float32, bfloat16"),
+        (["--config.model.dropout=1"], "model.dropout=1.0 must be below 1"),
+        (["--config.data.image_size=1,2,3"], "data.image_size=1,2,3 must be one or two numbers"),
+        (["--config.data.channels=2"], "data.channels=2 must be one of 0, 1, 3"),
+        (["--config.data.max_unreadable=1.5"], "data.max_unreadable=1.5 must be at most 1"),
+        (["--config.train.learning_rate=nan"], "train.learning_rate=nan must be a number above 0"),
+        (["--config.train.learning_rate=inf"], "train.learning_rate=inf must be finite"),
+        (["--config.train.learning_rate=0"], "train.learning_rate=0.0 must be a number above 0"),
+        (["--config.train.learning_rate", "-1"], "train.learning_rate=-1.0 must be a number above 0"),
+        (["--config.train.steps=0"], "train.steps=0 must be at least 1"),
+        (["--config.train.steps=-5"], "train.steps=-5 must be at least 1"),
+        (["--config.train.ema_decay=1"], "train.ema_decay=1.0 must be below 1"),
+        (["--config.train.ema_decay=nan"], "train.ema_decay=nan must be"),
+        (["--config.train.grad_clip=0"], "train.grad_clip=0.0 must be a number above 0"),
+        (["--config.train.seed=-1"], "train.seed=-1 must be at least 0"),
+        (["--config.train.seed=4294967296"], "train.seed=4294967296 must be below 2**32"),
+        (["--config.diffusion.T=0"], "diffusion.T=0 must be at least 1"),
+        (["--config.diffusion.T=50"], "train.sample_steps=100 must be at most diffusion.T=50"),
+        (["train"], "unexpected argument 'train'; options are written --name=value"),
+        (["--config.train.steps=3", "4"], "unexpected argument '4'"),
+        (["-x"], "unexpected argument '-x'"),
+        (["--config=configs/none.py"], "no config file configs/none.py; there are configs/"),
+        (["--config=configs"], "no config file configs; there are configs/"),
+    ],
+)
+def test_faults_of_the_command_line(argv, fragment):
+    with pytest.raises(ConfigError) as caught:
+        parse(*argv)
+    assert fragment in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_config_file_lists_those_that_exist():
+    with pytest.raises(ConfigError) as caught:
+        configs.load("none.py")
+    assert re.findall(r"configs/\w+\.py", str(caught.value)) == [str(file.relative_to(ROOT)) for file in CONFIGS]
+
+
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [
+        ("x = 1\n", "it has no get_config()"),
+        ("\n\ndef get_config():\n    return 1 / 0\n", "line 4): ZeroDivisionError: division by zero"),
+        ("import no_such_module\n", "line 1): ModuleNotFoundError: No module named 'no_such_module'"),
+        ("x = 1\ndef get_config(:\n", "line 2): SyntaxError"),
+        ("import json\n\n\ndef get_config():\n    return json.loads('{')\n", "line 5): JSONDecodeError"),
+        ("x = 1\ny = 2\nz = compile('(', 'other.py', 'exec')\n", "line 3): SyntaxError"),
+        ("def get_config():\n    return {'a': {}}['steps']\n", "line 2): KeyError: 'steps'"),
+        ("def get_config():\n    return {'train': {}}\n", "must return a ddpm_jax.config.Config, not dict"),
+        ("def get_config():\n    pass\n", "must return a ddpm_jax.config.Config, not NoneType"),
+        ("from ddpm_jax.config import *\nget_config = lambda: Train(steps=0)\n", "train.steps=0 must be at least 1"),
+        ("from ddpm_jax.config import *\nget_config = lambda: Train(stepz=1)\n", "argument 'stepz'"),
+    ],
+)
+def test_faults_of_a_config_file(tmp_path, text, fragment):
+    """The message has the file's name, and the line where there is one."""
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        parse(f"--config={file}")
+    assert fragment in str(caught.value)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "fragment"),
+    [
+        (lambda: Train(steps="7"), "train.steps=7 is not a whole number"),
+        (lambda: Train(steps=7.0), "train.steps=7.0 is not a whole number"),
+        (lambda: Train(steps=True), "train.steps=true is not a whole number"),
+        (lambda: Train(learning_rate="fast"), "train.learning_rate=fast is not a number"),
+        (lambda: Data(flip=1), "data.flip=1 is not true or false"),
+        (lambda: Data(source=None), "data.source= is not text"),
+        (lambda: Model(multipliers=[1, 2]), "model.multipliers=1,2 is not a list"),
+        (lambda: Model(multipliers=2), "model.multipliers=2 is not a list"),
+        (lambda: Model(groups=0), "model.groups=0 must be a number above 0 or auto"),
+    ],
+)
+def test_python_values_pass_the_same_checks(make, fragment):
+    with pytest.raises(ConfigError, match=re.escape(fragment)):
+        make()
+
+
+# --- JSON
+
+ODD = Config(
+    data=Data("folder:/tmp/\u00fc b", "test", (8, 16), 3, True, 0.5, "~/data", ""),
+    model=Model(8, (1,), 1, (), 2, 0.0, 10, True, "auto", "bfloat16", True),
+    diffusion=Diffusion("cosine", 4000, "v", "vlb", "fixedsmall"),
+    train=Train(1, 1, 2, 1e-30, 0, math.inf, 0.0, 1, 2**32 - 1, 1, 1, 1, 1, 1, 1, "ddim"),
+)
+
+
+@pytest.mark.parametrize("config", [Config(), ODD, *map(configs.load, CONFIGS)], ids=lambda config: config.data.source)
+def test_json_round_trip(config):
+    text = configs.to_json(config)
+    assert configs.from_json(text) == config
+    assert repr(configs.from_json(text)) == repr(config)  # 1 is not 1.0
+    assert json.loads(text)["model"]["multipliers"] == list(config.model.multipliers)
+
+
+def test_odd_config_leaves_no_default():
+    """So that the round trip of each field is seen."""
+    assert {name for name, _, _ in configs.differences(Config(), ODD)} == EVERY
+
+
+def test_what_may_change_exists():
+    assert configs.MAY_CHANGE <= EVERY
+
+
+def test_json_of_some_fields_has_the_defaults_of_the_rest():
+    assert configs.from_json('{"train": {"steps": 5}}') == Config(train=Train(steps=5))
+
+
+class Canary:
+    """Unpickled, it makes the folder `canary`."""
+
+    def __reduce__(self):
+        return Path.mkdir, (Path("canary"),)
+
+
+PYTHON = "import os\nos.mkdir('canary')\ndef get_config():\n    os.mkdir('canary')\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [
+        ('{"train": {"stepz": 5}}', "unknown key train.stepz in run/config.json; did you mean train.steps?"),
+        ('{"trian": {"steps": 5}}', "unknown key trian.steps in run/config.json; did you mean train.steps?"),
+        ('{"train": {"__class__": 5}}', "unknown key train.__class__ in run/config.json"),
+        ('{"train": {"steps": 0}}', "train.steps=0 must be at least 1"),
+        ('{"train": {"steps": "abc"}}', "train.steps=abc is not a whole number (in"),
+        ('{"train": {"steps": 1.5}}', "train.steps=1.5 is not a whole number (in"),
+        ('{"train": {"steps": true}}', "train.steps=true is not a whole number (in"),
+        ('{"train": 5}', "run/config.json does not hold a config"),
+        ("[]", "run/config.json does not hold a config"),
+        ("", "run/config.json does not hold a config"),
+        ('{"train": {"steps": 5}', "run/config.json does not hold a config"),
+        pytest.param("[" * 100_000, "run/config.json does not hold a config", id="deep"),
+        pytest.param(PYTHON, "run/config.json does not hold a config", id="python"),
+        ('!!python/object/apply:os.mkdir ["canary"]', "run/config.json does not hold a config"),
+        pytest.param(pickle.dumps(Canary()).decode("latin1"), "run/config.json does not hold a config", id="pickle"),
+    ],
+)
+def test_json_that_is_no_config(tmp_path, monkeypatch, text, fragment):
+    """Refused in one line, and nothing in it is executed."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        configs.from_json(text, "run/config.json")
+    assert fragment in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not Path("canary").exists()
+
+
+def test_text_in_json_stays_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = "__import__('os').mkdir('canary')"
+    assert configs.from_json(json.dumps({"data": {"source": text}})).data.source == text
+    assert not Path("canary").exists()
+
+
+def test_a_pickle_is_no_config_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_bytes(pickle.dumps(Canary()))
+    with pytest.raises(ConfigError, match=r"mine\.py"):
+        configs.load("mine.py")
+    assert not Path("canary").exists()
+    pickle.loads(Path("mine.py").read_bytes())  # the canary does sing
+    assert Path("canary").exists()
+
+
+def test_differences():
+    old = Config(data=Data(flip=True), train=Train(steps=10))
+    new = Config(model=Model(multipliers=(1, 2)), train=Train(steps=20))
+    found = configs.differences(old, new)
+    assert sorted(found) == [
+        ("data.flip", True, False),
+        ("model.multipliers", (1, 2, 2, 2), (1, 2)),
+        ("train.steps", 10, 20),
+    ]
+    assert configs.differences(old, old) == []
+
+
+# --- the script
+
+
+def script(*argv):
+    return subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_help_lists_every_field_and_answers_before_jax_is_loaded():
+    done = script("-X", "importtime", "train.py", "--help")
+    assert done.returncode == 0
+    assert set(re.findall(r"^  --config\.(\S+) ", done.stdout, re.MULTILINE)) == EVERY
+    loaded = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert "ddpm_jax" in loaded
+    assert not loaded & {"jax", "jaxlib", "flax", "optax", "orbax", "numpy", "tensorflow_datasets"}
+
+
+@pytest.mark.parametrize(
+    ("argument", "fragment"),
+    [
+        ("--config.train.lrr=3", "unknown option --config.train.lrr; did you mean config.train.learning_rate?"),
+        ("--config.train.steps=1.5", "--config.train.steps=1.5 is not a whole number"),
+        ("--config", "--config: expected one argument"),
+        ("--platform=abacus", "error: --platform=abacus must be one of auto, cpu, gpu, tpu"),
+    ],
+)
+def test_a_fault_is_one_line_and_exit_code_2(argument, fragment):
+    done = script("train.py", argument)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert fragment in done.stderr

@@ -1,0 +1,443 @@
+"""Batches against set arithmetic, sources against files whose pixels are known beforehand."""
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from ddpm_jax.data import Dataset, batch, load, prefetch, sources
+from ddpm_jax.errors import DataError
+
+ROOT = Path(__file__).parents[1]
+
+
+def numbered(n):
+    """A data set whose image i is filled with i and whose label is 1000 + i."""
+    return Dataset(np.arange(n, dtype=np.uint8)[:, None, None, None].repeat(3, 3), np.arange(1000, 1000 + n))
+
+
+def paint(path, level, size=(8, 8)):
+    """Write a picture of one gray level."""
+    Image.new("RGB", size, (level,) * 3).save(path)
+
+
+def levels(dataset):
+    """The level of each image, all of whose pixels must have it."""
+    first = dataset.images[:, :1, :1, :1]
+    assert (dataset.images == first).all()
+    return first.ravel().tolist()
+
+
+# --- batches
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(24, 4), (23, 4), (5, 5), (9, 1)])
+def test_an_epoch_shows_no_image_twice(n, batch_size):
+    per_epoch = n // batch_size
+    for epoch in range(3):
+        steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
+        seen = np.concatenate([batch(numbered(n), 0, step, batch_size)["index"] for step in steps])
+        assert len(seen) == per_epoch * batch_size
+        assert len(set(seen.tolist())) == len(seen)
+        assert set(seen.tolist()) <= set(range(n))
+
+
+def test_images_left_over_in_one_epoch_come_in_another():
+    seen = np.concatenate([batch(numbered(7), 0, step, 4)["index"] for step in range(20)])
+    assert set(seen.tolist()) == set(range(7))
+
+
+def test_a_batch_follows_from_seed_and_step_alone():
+    """Steps walked in order, then taken in any order with other seeds between and with the arrays spoiled."""
+    dataset = numbered(23)
+    walked = [batch(dataset, 7, step, 4) for step in range(30)]
+    kept = [{name: array.copy() for name, array in one.items()} for one in walked]
+    for one in walked:
+        for array in one.values():
+            array[:] = 0
+    steps = list(range(30))
+    random.Random(0).shuffle(steps)
+    for step in steps:
+        batch(dataset, step, step, 4)
+        again = batch(dataset, 7, step, 4)
+        assert again.keys() == kept[step].keys()
+        for name, array in again.items():
+            np.testing.assert_array_equal(array, kept[step][name])
+
+
+def test_seeds_and_epochs_differ_in_their_order():
+    whole = [tuple(batch(numbered(50), seed, epoch, 50)["index"]) for seed in range(4) for epoch in range(4)]
+    assert len(set(whole)) == 16
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_rows_of_all_processes_join_to_the_global_batch(processes):
+    dataset, share = numbered(20), 8 // processes
+    for step in range(5):
+        parts = [batch(dataset, 3, step, 8, slice(i * share, (i + 1) * share)) for i in range(processes)]
+        for name, array in batch(dataset, 3, step, 8).items():
+            np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), array)
+
+
+def test_index_names_image_and_label():
+    one = batch(numbered(40), 0, 3, 9)
+    assert one["image"].shape == (9, 1, 1, 3)
+    assert [one[name].dtype for name in ("index", "image", "label")] == [np.int32, np.uint8, np.int32]
+    np.testing.assert_array_equal(one["image"][:, 0, 0, 2], one["index"])
+    np.testing.assert_array_equal(one["label"], one["index"] + 1000)
+
+
+def test_no_labels_no_label():
+    assert batch(numbered(4)._replace(labels=None), 0, 0, 2).keys() == {"index", "image"}
+
+
+def test_too_few_images_for_one_batch():
+    with pytest.raises(DataError, match=r"\b3 images.*batch_size=4\b"):
+        batch(numbered(3), 0, 0, 4)
+
+
+# --- prefetch
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 10), (5, 6), (5, 7), (4, 4)])
+def test_prefetch_keeps_the_order(first, last):
+    assert list(prefetch(lambda step: step * step, first, last)) == [step * step for step in range(first, last)]
+
+
+def test_prefetch_prepares_two_ahead_and_no_more():
+    made = [threading.Event() for _ in range(10)]
+    steps = prefetch(lambda step: made[step].set(), 0, 10)
+    next(steps)
+    assert made[2].wait(10)  # while nobody asks
+    assert not made[3].wait(0.1)
+    steps.close()
+
+
+def test_an_exception_in_the_thread_reaches_the_caller():
+    def make(step):
+        if step == 3:
+            raise DataError("gone")
+        return step
+
+    steps = prefetch(make, 0, 9)
+    assert [next(steps), next(steps), next(steps)] == [0, 1, 2]
+    with pytest.raises(DataError, match="gone"):
+        next(steps)
+
+
+# --- digits and other TFDS sets
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """Folders in which the digits source has made its TFDS data set, as options of `load`."""
+    folder = tmp_path_factory.mktemp("digits")
+    options = {"data_dir": str(folder / "tfds"), "cache_dir": str(folder / "cache")}
+    load("digits", **options)
+    return options
+
+
+def test_digits_are_those_of_scikit_learn(prepared):
+    """Each of the 1,797 with its label, in TFDS's own order; 16 gray steps of 255/16, halves upwards."""
+    dataset, known = load("digits", **prepared), load_digits()
+    assert dataset.images.shape == (1797, 8, 8, 1)
+    assert dataset.images.dtype == np.uint8
+    assert "tensorflow" not in sys.modules
+    scaled = (known.images.astype(int) * 255 + 8) // 16
+
+    def pairs(images, labels):
+        return sorted((image.tobytes(), label) for image, label in zip(images, labels, strict=True))
+
+    assert pairs(dataset.images, dataset.labels) == pairs(scaled.astype(np.uint8), known.target)
+
+
+def test_tfds_finds_a_prepared_set_by_name(prepared, tmp_path):
+    """In a process of its own, where the class of the digits is not known."""
+    code = f"""
+import sys
+import numpy as np
+from ddpm_jax.data import load
+dataset = load("tfds:digits", data_dir={prepared["data_dir"]!r}, cache_dir={str(tmp_path / "cache")!r})
+np.savez({str(tmp_path / "out.npz")!r}, images=dataset.images, labels=dataset.labels)
+assert "ddpm_jax.data.digits" not in sys.modules
+assert "tensorflow" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found, digits = np.load(tmp_path / "out.npz"), load("digits", **prepared)
+    np.testing.assert_array_equal(found["images"], digits.images)
+    np.testing.assert_array_equal(found["labels"], digits.labels)
+
+
+def test_digits_by_split_size_and_channels(prepared):
+    whole = load("digits", **prepared)
+    np.testing.assert_array_equal(load("digits", split="train[:10]", **prepared).images, whole.images[:10])
+    doubled = load("digits", image_size=(16,), channels=3, split="train[:10]", **prepared)
+    assert doubled.images.shape == (10, 16, 16, 3)
+    np.testing.assert_array_equal(doubled.images[..., 0], doubled.images[..., 2])
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "fragment"),
+    [
+        ("tfds:no_such_set", {}, "no_such_set"),
+        ("tfds:cifar10", {}, "cifar10.*not prepared"),
+        ("tfds:cifar10/none", {}, "cifar10/none"),
+        ("tfds:digits:9.9.9", {}, "9.9.9"),
+        ("tfds:", {}, "tfds:"),
+        ("tfds:digits", {"split": "test"}, "no split test"),
+        ("digits", {"split": "test"}, "no split test"),
+        ("imagenet", {}, "none of digits, tfds, folder, npz"),
+    ],
+)
+def test_sets_that_are_not_there(prepared, source, options, fragment):
+    with pytest.raises(DataError, match=fragment) as caught:
+        load(source, **prepared, **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: os.truncate(file, 1000)], ids=["gone", "cut"])
+def test_a_prepared_set_without_its_records(prepared, tmp_path, damage):
+    shutil.copytree(prepared["data_dir"], tmp_path / "tfds")
+    damage(next((tmp_path / "tfds").rglob("*.array_record-*")))
+    with pytest.raises(DataError, match="not prepared"):
+        load("tfds:digits", data_dir=tmp_path / "tfds", cache_dir=tmp_path / "cache")
+
+
+# --- npz and npy
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_npz(tmp_path, channels):
+    images = np.random.default_rng(0).integers(0, 256, (5, 6, 4, channels), np.uint8)
+    np.savez(tmp_path / "a.npz", images=images, labels=np.arange(5))
+    dataset = load(f"npz:{tmp_path / 'a.npz'}")
+    np.testing.assert_array_equal(dataset.images, images)
+    np.testing.assert_array_equal(dataset.labels, np.arange(5))
+
+
+def test_npz_without_channel_axis_and_labels(tmp_path):
+    np.savez(tmp_path / "a.npz", images=np.full((5, 6, 4), 9, np.uint8))
+    dataset = load(f"npz:{tmp_path / 'a.npz'}")
+    assert dataset.images.shape == (5, 6, 4, 1)
+    assert dataset.labels is None
+
+
+def test_npz_resized(tmp_path):
+    """Quarters of an image become its pixels, and gray becomes three equal channels."""
+    quarters = np.array([[10, 20], [30, 40]], np.uint8)
+    np.savez(tmp_path / "a.npz", images=np.kron(quarters, np.ones((4, 4), np.uint8))[None])
+    dataset = load(f"npz:{tmp_path / 'a.npz'}", image_size=(2,), channels=3)
+    np.testing.assert_array_equal(dataset.images[0], quarters[..., None].repeat(3, 2))
+
+
+def test_npy_is_mapped(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (5, 6, 4, 3), np.uint8)
+    np.save(tmp_path / "a.npy", images)
+    dataset = load(f"npz:{tmp_path / 'a.npy'}")
+    assert isinstance(dataset.images, np.memmap)
+    np.testing.assert_array_equal(batch(dataset, 0, 0, 5)["image"], images[batch(dataset, 0, 0, 5)["index"]])
+
+
+class Canary:
+    """Unpickled, it writes the file `canary`."""
+
+    def __reduce__(self):
+        return os.mkdir, ("canary",)
+
+
+GRAY = np.zeros((3, 4, 4), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "fragment"),
+    [
+        ({"images": np.array([Canary()], object)}, "pickle"),
+        ({"images": GRAY / np.float32(255)}, "float32 from 0.0 to 0.0.*save as uint8"),
+        ({"images": GRAY.astype(np.int64) + 7}, "int64 from 7 to 7.*save as uint8"),
+        ({"data": GRAY}, "no array 'images'; it has data"),
+        ({"images": GRAY[0]}, r"shape \(4, 4\)"),
+        ({"images": GRAY[..., None].repeat(4, 3)}, r"shape \(3, 4, 4, 4\)"),
+        ({"images": GRAY, "labels": np.arange(2)}, r"labels.*shape \(2,\).*3 images"),
+        ({"images": GRAY[:0]}, "no images"),
+    ],
+)
+def test_npz_that_cannot_be_used(tmp_path, monkeypatch, arrays, fragment):
+    monkeypatch.chdir(tmp_path)
+    np.savez("a.npz", **arrays)
+    with pytest.raises(DataError, match=fragment) as caught:
+        load("npz:a.npz")
+    assert "\n" not in str(caught.value)
+    assert not Path("canary").exists()
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped bit", "text", "missing"])
+def test_npz_that_is_damaged(tmp_path, damage):
+    file = tmp_path / "a.npz"
+    np.savez_compressed(file, images=np.random.default_rng(0).integers(0, 256, (9, 8, 8), np.uint8))
+    good = file.read_bytes()
+    middle = len(good) // 2
+    flipped = good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :]
+    file.write_bytes({"empty": b"", "cut": good[:middle], "flipped bit": flipped}.get(damage, b"images"))
+    if damage == "missing":
+        file.unlink()
+    with pytest.raises(DataError, match=r"cannot read .*a\.npz"):
+        load(f"npz:{file}")
+
+
+# --- folders
+
+
+@pytest.fixture
+def album(tmp_path):
+    """An empty folder and a function that loads it as 8x8 pictures."""
+    folder = tmp_path / "album"
+    folder.mkdir()
+
+    def load_album(**options):
+        return load(f"folder:{folder}", **({"image_size": (8,), "cache_dir": tmp_path / "cache"} | options))
+
+    return folder, load_album
+
+
+def test_a_folder_is_decoded_once_then_mapped(album, monkeypatch):
+    folder, load_album = album
+    (folder / "sub").mkdir()
+    for name, level in (("b.png", 2), ("a.BMP", 1), ("sub/c.png", 3)):
+        paint(folder / name, level)
+    first = load_album()
+    assert first.images.shape == (3, 8, 8, 3)
+    assert first.labels is None
+
+    def read(*_):
+        raise AssertionError("decoded again")
+
+    monkeypatch.setattr(sources, "read", read)
+    second = load_album()
+    assert isinstance(second.images, np.memmap)
+    assert levels(first) == levels(second) == [1, 2, 3]
+
+
+def test_size_and_channels_of_a_folder(album):
+    folder, load_album = album
+    paint(folder / "a.png", 90, (40, 20))
+    assert load_album(image_size=(4, 6)).images.shape == (1, 4, 6, 3)
+    assert load_album(image_size=(4, 6), channels=1).images.shape == (1, 4, 6, 1)
+    assert levels(load_album(image_size=(4, 6), channels=1)) == [90]
+
+
+def test_a_changed_folder_is_decoded_anew(album):
+    folder, load_album = album
+    paint(folder / "a.png", 1)
+    paint(folder / "b.png", 2)
+    assert levels(load_album()) == [1, 2]
+    size = (folder / "a.png").stat().st_size
+    paint(folder / "a.png", 3)
+    os.utime(folder / "a.png", ns=(1, 1))
+    assert (folder / "a.png").stat().st_size == size  # so that the time alone tells
+    assert levels(load_album()) == [3, 2]
+    paint(folder / "c.png", 4)
+    assert levels(load_album()) == [3, 2, 4]
+    (folder / "a.png").rename(folder / "d.png")
+    assert levels(load_album()) == [2, 4, 3]
+    (folder / "b.png").unlink()
+    assert levels(load_album()) == [4, 3]
+
+
+def test_unreadable_pictures_are_named_and_the_rest_kept(album, capsys):
+    folder, load_album = album
+    for i in range(30):
+        paint(folder / f"{i:02}.png", i)
+    bad = [3, 7, 11, 15, 19, 23]
+    for i in bad:
+        (folder / f"{i:02}.png").write_bytes(b"<html>")
+    for _ in range(2):  # decoded, then mapped
+        assert levels(load_album(max_unreadable=0.2)) == [i for i in range(30) if i not in bad]
+        said = capsys.readouterr().out
+        assert said.count("\n") == 1
+        assert "6 of 30" in said
+        assert [f"{i:02}.png" in said for i in bad] == [True] * 5 + [False]
+
+
+def test_too_many_unreadable_pictures(album):
+    """An error that counts them; the pictures put right, the same folder as before is whole again."""
+    folder, load_album = album
+    for i in range(10):
+        paint(folder / f"{i}.png", i)
+    assert levels(load_album()) == list(range(10))
+    for i in (4, 5):
+        (folder / f"{i}.png").rename(folder / f"{i}.kept")
+        (folder / f"{i}.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"2 of 10 .*4\.png.*5\.png.*max_unreadable=0\.1"):
+        load_album()
+    for i in (4, 5):
+        (folder / f"{i}.kept").replace(folder / f"{i}.png")
+    assert levels(load_album()) == list(range(10))
+
+
+def test_nothing_readable_at_all(album):
+    folder, load_album = album
+    (folder / "a.png").write_bytes(b"")
+    with pytest.raises(DataError, match="1 of 1"):
+        load_album()
+    with pytest.raises(DataError, match="holds no images"):
+        load_album(max_unreadable=1)
+
+
+def test_folders_that_cannot_be_used(album, tmp_path):
+    folder, load_album = album
+    (folder / "notes.txt").write_text("no picture")
+    with pytest.raises(DataError, match=r"no pictures in .*album.*\*\.png"):
+        load_album()
+    with pytest.raises(DataError, match=r"no folder .*elsewhere"):
+        load(f"folder:{tmp_path / 'elsewhere'}", image_size=(8,))
+    paint(folder / "a.png", 1)
+    with pytest.raises(DataError, match=r"data\.image_size"):
+        load_album(image_size=())
+
+
+def test_order_is_that_of_the_names_bytes(album, capsys):
+    """However odd the names, and whichever was written first; one of them cannot be read and is still named."""
+    folder, load_album = album
+    names = [
+        b"Z.png",
+        b"a b.png",
+        b"a.png",
+        b"n" * 200 + b".png",
+        "\u00e9.png".encode(),
+        "\u65e5.PNG".encode(),
+        b"\xff.png",
+    ]
+    paths = [os.path.join(os.fsencode(folder), name) for name in names]
+    for level in (5, 2, 0, 6, 3, 1, 4):
+        with open(paths[level], "wb") as file:
+            Image.new("L", (8, 8), level).save(file, "PNG")
+    assert levels(load_album()) == list(range(7))
+    with open(paths[6], "wb") as file:
+        file.write(b"broken")
+    assert levels(load_album(max_unreadable=0.5)) == list(range(6))
+    assert r"\udcff.png" in capsys.readouterr().out
+
+
+def test_what_is_no_picture_file(album, capsys):
+    """A folder called x.png is gone into, a pipe is counted as unreadable, hidden files and other suffixes are not."""
+    folder, load_album = album
+    (folder / "x.png").mkdir()
+    for name, level in (("a.png", 1), ("x.png/b.png", 2), ("y.png", 3)):
+        paint(folder / name, level)
+    (folder / "._a.png").write_bytes(b"resource fork")
+    (folder / "a.txt").write_text("text")
+    assert levels(load_album(max_unreadable=0)) == [1, 2, 3]
+    os.mkfifo(folder / "pipe.png")
+    assert levels(load_album(max_unreadable=0.3)) == [1, 2, 3]
+    said = capsys.readouterr().out
+    assert "1 of 4" in said
+    assert "pipe.png" in said

@@ -1,0 +1,125 @@
+"""The process against the paper's definitions in float64, Gaussian conditioning, and the exact denoiser."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax import diffusion, schedules
+
+BETAS = {"linear": schedules.linear_betas(1000), "linear 100": schedules.linear_betas(100)}
+BETAS["cosine"] = schedules.cosine_betas(500)
+
+
+@pytest.fixture(scope="module", params=BETAS)
+def chain(request):
+    """(schedule, betas with betas[t] = beta_t, alphas_bar with alphas_bar[0] = 1), the arrays in float64."""
+    betas = BETAS[request.param]
+    return schedules.from_betas(betas), np.insert(betas, 0, 0.0), np.insert(np.cumprod(1 - betas), 0, 1.0)
+
+
+def test_alpha_sigma_over_all_steps(chain):
+    schedule, _, bar = chain
+    alpha, sigma = diffusion.alpha_sigma(schedule.logsnr(np.arange(len(bar))))
+    np.testing.assert_allclose(np.square(alpha, dtype=np.float64), bar, atol=1e-6)
+    np.testing.assert_allclose(np.square(sigma, dtype=np.float64), 1 - bar, atol=1e-6)
+    assert (alpha[0], sigma[0]) == (1, 0)
+
+
+def test_q_sample_is_eq_4(chain):
+    schedule, _, bar = chain
+    x_0, eps = np.random.default_rng(0).normal(size=(2, 5, 4, 3))
+    for t in (0, 1, 2, len(bar) // 2, len(bar) - 1):
+        wanted = np.sqrt(bar[t]) * x_0 + np.sqrt(1 - bar[t]) * eps
+        np.testing.assert_allclose(diffusion.q_sample(x_0, eps, schedule.logsnr(t)), wanted, atol=3e-6)
+    assert hasattr(diffusion.q_sample, "lower")  # jitted
+
+
+def test_posterior_of_neighbours_is_eqs_6_and_7(chain):
+    schedule, betas, bar = chain
+    t = np.arange(1, len(bar))
+    coefficient_0 = np.sqrt(bar[t - 1]) * betas[t] / (1 - bar[t])
+    coefficient_t = np.sqrt(1 - betas[t]) * (1 - bar[t - 1]) / (1 - bar[t])
+    beta_tilde = (1 - bar[t - 1]) / (1 - bar[t]) * betas[t]
+    posterior = jax.vmap(diffusion.q_posterior, (None, None, 0, 0))
+    mean, variance = posterior(1.0, 0.0, schedule.logsnr(t), schedule.logsnr(t - 1))
+    np.testing.assert_allclose(mean, coefficient_0, rtol=2e-4, atol=1e-6)
+    np.testing.assert_allclose(variance, beta_tilde, rtol=2e-4, atol=1e-9)
+    mean, _ = posterior(0.0, 1.0, schedule.logsnr(t), schedule.logsnr(t - 1))
+    np.testing.assert_allclose(mean, coefficient_t, rtol=2e-4, atol=1e-6)
+
+
+def test_posterior_of_any_two_times_is_gaussian_conditioning(chain):
+    """q(x_s | x_t, x_0) from q(x_s | x_0) and q(x_t | x_s), where the latter multiplies the steps between."""
+    schedule, betas, bar = chain
+    T, x_0, x_t = len(bar) - 1, 0.7, -0.4
+    for s, t in [(1, T), (T // 3, T // 2), (0, T // 2), (0, 1), (T - 1, T), (2, T // 2)]:
+        keep = np.prod(1 - betas[s + 1 : t + 1])
+        prior_mean, prior_variance = np.sqrt(bar[s]) * x_0, 1 - bar[s]
+        gain = prior_variance * np.sqrt(keep) / (keep * prior_variance + 1 - keep)
+        wanted_mean = prior_mean + gain * (x_t - np.sqrt(keep) * prior_mean)
+        wanted_variance = prior_variance * (1 - gain * np.sqrt(keep))
+        mean, variance = diffusion.q_posterior(x_0, x_t, schedule.logsnr(t), schedule.logsnr(s))
+        np.testing.assert_allclose(mean, wanted_mean, rtol=1e-4)
+        np.testing.assert_allclose(variance, wanted_variance, rtol=2e-4, atol=1e-12)
+
+
+def test_published_first_posterior_log_variance(linear):
+    """Ho's code starts its table of log-variances with log beta-tilde_2 = -9.8167."""
+    _, variance = diffusion.q_posterior(0.0, 0.0, linear.logsnr(2), linear.logsnr(1))
+    assert np.log(variance) == pytest.approx(-9.8167, abs=1e-3)
+
+
+@pytest.mark.parametrize("t", [1, 10, 500, 999])
+def test_parameterizations_tell_of_one_denoiser(linear, t):
+    """A denoiser that errs is the same seen as eps, x_0 or v: the same x_0_hat and the same error in eps."""
+    x_0, eps, wrong = np.random.default_rng(1).normal(size=(3, 6)).astype(np.float32)
+    logsnr = linear.logsnr(t)
+    x_t = diffusion.q_sample(x_0, eps, logsnr)
+    eps_hat = eps + 0.1 * wrong
+    alpha, sigma = (float(v) for v in diffusion.alpha_sigma(logsnr))
+    x_0_hat = (np.asarray(x_t, np.float64) - sigma * eps_hat) / alpha
+    outputs = {"eps": eps_hat, "x_0": x_0_hat, "v": alpha * eps_hat - sigma * x_0_hat}
+    for name, output in outputs.items():
+        way = diffusion.PARAMETERIZATIONS[name]
+        output = jnp.asarray(output, jnp.float32)
+        np.testing.assert_allclose(way.x_0(output, x_t, logsnr), x_0_hat, rtol=1e-3, atol=1e-3)
+        error = way.eps_error(output - way.target(x_0, eps, logsnr), logsnr)
+        np.testing.assert_allclose(error, 0.1 * wrong, atol=1e-3)
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.5, 0.1])
+@pytest.mark.parametrize("name", diffusion.PARAMETERIZATIONS)
+def test_loss_of_the_exact_denoiser(linear, name, spread):
+    """For data N(0, s^2) the best possible error is E|eps - eps_hat|^2 = SNR s^2 / (SNR s^2 + 1)."""
+    way = diffusion.PARAMETERIZATIONS[name]
+
+    def exact(params, x_t, t, key, label):
+        alpha, sigma = diffusion.alpha_sigma(linear.logsnr(t))
+        x_0_hat = alpha * spread**2 / (alpha**2 * spread**2 + sigma**2) * x_t
+        return way.target(x_0_hat, (x_t - alpha * x_0_hat) / sigma, linear.logsnr(t))
+
+    loss = diffusion.make_loss(exact, linear, way, diffusion.WEIGHTINGS["simple"])
+    x_0 = spread * jax.random.normal(jax.random.key(1), (400, 400, 1))
+    for t in (5, 100, 600):
+        snr = float(np.exp(linear.logsnr(t), dtype=np.float64))
+        found = loss(None, jax.random.key(2), x_0, None, (t - 0.5) / 1000)
+        assert found == pytest.approx(snr * spread**2 / (snr * spread**2 + 1), rel=0.02)
+
+
+def test_loss_draws_what_its_key_says(linear):
+    """The same key gives the same loss; the network sees an integer time in 1..T, the label and a key for dropout."""
+    seen = []
+
+    def net(params, x_t, t, key, label):
+        seen.append((int(t), int(label), jax.random.key_data(key).tolist()))
+        return x_t
+
+    loss = diffusion.make_loss(net, linear, diffusion.PARAMETERIZATIONS["eps"], diffusion.WEIGHTINGS["simple"])
+    keys = jax.random.split(jax.random.key(0), 20)
+    values = [float(loss(None, key, jnp.zeros((4, 4, 1)), 7)) for key in (*keys, keys[0])]
+    assert values[-1] == values[0]
+    assert len(set(values)) == len({dropout for _, _, (dropout, _) in seen}) == 20
+    assert {label for _, label, _ in seen} == {7}
+    times = [t for t, _, _ in seen]
+    assert 1 <= min(times) < 300 < 700 < max(times) <= 1000

@@ -1,0 +1,189 @@
+"""Samplers against the exact denoiser of Gaussian data, for which every answer is known."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax import diffusion, keys, parallel, samplers, schedules
+from ddpm_jax.errors import ConfigError, Diverged
+
+BAR = np.insert(np.cumprod(1 - schedules.linear_betas(1000)), 0, 1.0)
+MEAN = 0.3
+
+
+def exact(schedule, spread):
+    """E[x_0 | x_t] for data N(MEAN, spread^2)."""
+
+    def predict(x_t, t):
+        alpha, sigma = diffusion.alpha_sigma(schedule.logsnr(t))
+        gain = alpha * spread**2 / (alpha**2 * spread**2 + sigma**2)
+        return MEAN + gain * (x_t - alpha * MEAN)
+
+    return predict
+
+
+def recursion(times, spread, coefficients):
+    """Mean and variance of the last x, from x_T ~ N(0, 1) on, for x_s = a x_0_hat + b x_t + c noise; float64."""
+    mean, variance = 0.0, 1.0
+    for t, s in itertools.pairwise(times):
+        gain = np.sqrt(BAR[t]) * spread**2 / (BAR[t] * spread**2 + 1 - BAR[t])
+        a, b, c = coefficients(t, s)
+        slope = a * gain + b
+        mean = slope * mean + a * (MEAN - gain * np.sqrt(BAR[t]) * MEAN)
+        variance = slope**2 * variance + c**2
+    return mean, variance
+
+
+def ancestral(large):
+    """Eqs. 6 and 7 with beta = 1 - alphas_bar_t / alphas_bar_s for the step from t to s; no noise in the last one."""
+
+    def coefficients(t, s):
+        beta = 1 - BAR[t] / BAR[s]
+        a = np.sqrt(BAR[s]) * beta / (1 - BAR[t])
+        b = np.sqrt(1 - beta) * (1 - BAR[s]) / (1 - BAR[t])
+        variance = beta if large else (1 - BAR[s]) / (1 - BAR[t]) * beta
+        return a, b, np.sqrt(variance) * (s > 0)
+
+    return coefficients
+
+
+def implicit(eta):
+    """Song et al. 2020, eqs. 12 and 16, in their own symbols."""
+
+    def coefficients(t, s):
+        noise = eta * np.sqrt((1 - BAR[s]) / (1 - BAR[t])) * np.sqrt(1 - BAR[t] / BAR[s])
+        direction = np.sqrt(1 - BAR[s] - noise**2) / np.sqrt(1 - BAR[t])
+        return np.sqrt(BAR[s]) - direction * np.sqrt(BAR[t]), direction, noise
+
+    return coefficients
+
+
+CASES = {
+    "ddpm small": ("ddpm", {"variance": "fixedsmall"}, ancestral(False)),
+    "ddpm large": ("ddpm", {"variance": "fixedlarge"}, ancestral(True)),
+    "ddim 0": ("ddim", {"eta": 0.0}, implicit(0.0)),
+    "ddim 0.5": ("ddim", {"eta": 0.5}, implicit(0.5)),
+    "ddim 1": ("ddim", {"eta": 1.0}, implicit(1.0)),
+}
+
+
+@pytest.mark.parametrize("steps", [1, 10, 1000])
+@pytest.mark.parametrize("case", CASES)
+def test_gaussian_data_end_with_the_known_mean_and_variance(linear, case, steps):
+    name, options, coefficients = CASES[case]
+    times, spreads = linear.times(steps), np.array([1.0, 0.5, 0.1])
+    sampler = samplers.make_sampler(name, linear, **options)
+
+    @jax.vmap
+    def draw(spread):
+        return samplers.sample(exact(linear, spread), sampler, times, jax.random.key(3), (200, 200, 1))
+
+    for spread, x_0 in zip(spreads, draw(spreads), strict=True):
+        mean, variance = recursion(times, spread, coefficients)
+        # The sample's mean and variance scatter by sd / 200 and by sqrt(2) variance / 200; five of those are allowed.
+        assert abs(x_0.mean() - mean) < 5 * np.sqrt(variance) / 200 + 1e-4
+        assert abs(x_0.var() - variance) < 5 * np.sqrt(2) * variance / 200 + 1e-6
+
+
+def test_ddim_with_eta_1_is_the_ancestral_sampler(linear):
+    predict, x_t, key = exact(linear, 0.5), jax.random.normal(jax.random.key(0), (64,)), jax.random.key(1)
+    for t, s in [(1000, 999), (1000, 500), (500, 20), (2, 1), (1, 0), (300, 0)]:
+        a, _ = samplers.ddpm(linear, "fixedsmall").step(predict, key, x_t, t, s, ())
+        b, _ = samplers.ddim(linear, 1.0).step(predict, key, x_t, t, s, ())
+        np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+def test_a_perfect_prediction_lands_on_the_marginal(linear):
+    """x_t = alpha_t x_0 + sigma_t eps goes to alpha_s x_0 + sigma_s eps, for every pair of times."""
+    x_0, eps = np.random.default_rng(0).normal(size=(2, 64))
+    for t, s in [(1000, 700), (700, 10), (10, 9), (1, 0), (1000, 0)]:
+        x_t = np.sqrt(BAR[t]) * x_0 + np.sqrt(1 - BAR[t]) * eps
+        x_s, _ = samplers.ddim(linear).step(lambda x, t: jnp.asarray(x_0), jax.random.key(0), x_t, t, s, ())
+        np.testing.assert_allclose(
+            x_s, np.sqrt(BAR[s]) * x_0 + np.sqrt(1 - BAR[s]) * eps, atol=2e-3 if t == 1 else 1e-4
+        )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_last_step_returns_the_prediction(linear, case):
+    name, options, _ = CASES[case]
+    sampler = samplers.make_sampler(name, linear, **options)
+    x_0 = jnp.linspace(-1, 1, 64)
+    x_s, _ = sampler.step(lambda x, t: x_0, jax.random.key(0), jnp.ones(64), 1, 0, ())
+    np.testing.assert_allclose(x_s, x_0, atol=1e-6)
+
+
+def test_error_of_ddim_halves_with_the_step(linear):
+    """DDIM follows the probability-flow ODE, for Gaussian data x_0 = m + (x_T - alpha_T m) s / sd_T, to first order."""
+    spread = 0.5
+    x_T = jax.random.normal(keys.named(jax.random.key(5), "x_T"), (50, 50, 1))
+    sd_T = np.sqrt(BAR[-1] * spread**2 + 1 - BAR[-1])
+    wanted = MEAN + (x_T - np.sqrt(BAR[-1]) * MEAN) * spread / sd_T
+    errors = []
+    for steps in (50, 100, 200):
+        x_0 = samplers.sample(
+            exact(linear, spread), samplers.ddim(linear), linear.times(steps), jax.random.key(5), x_T.shape
+        )
+        errors.append(float(jnp.abs(x_0 - wanted).mean()))
+    orders = np.log2(errors[:-1]) - np.log2(errors[1:])
+    np.testing.assert_allclose(orders, 1, atol=0.25)
+
+
+def test_wrong_names_and_options_are_refused(linear):
+    with pytest.raises(ConfigError, match="sampler=dpm is not one of ddpm, ddim"):
+        samplers.make_sampler("dpm", linear)
+    with pytest.raises(ConfigError, match="ddpm has no option eta"):
+        samplers.make_sampler("ddpm", linear, eta=0.5)
+    with pytest.raises(ConfigError, match=r"eta=1\.5"):
+        samplers.make_sampler("ddim", linear, eta=1.5)
+    samplers.make_sampler("ddim", linear, {"variance": "fixedlarge"}, eta=0.5)  # a default that it lacks is no fault
+
+
+def test_path_ends_with_the_sample(linear):
+    args = exact(linear, 0.5), samplers.ddpm(linear), linear.times(20), jax.random.key(0), (4, 4, 1)
+    path = samplers.sample_path(*args, frames=7)
+    assert path.shape == (7, 4, 4, 1)
+    np.testing.assert_array_equal(path[-1], samplers.sample(*args))
+    assert len(np.unique(np.asarray(path)[:, 0, 0, 0])) == 7
+
+
+@pytest.fixture(scope="module")
+def generate(tiny, linear):
+    way = diffusion.PARAMETERIZATIONS["eps"]
+    make = samplers.make_generate(
+        tiny[0], linear, way, samplers.ddpm(linear, "fixedlarge"), linear.times(20), (8, 8, 1)
+    )
+    return parallel.pmap_generate(make)
+
+
+def pictures(generate, params, num, batch_size):
+    root = jax.random.key(9)
+    return np.concatenate(
+        list(parallel.generate_batches(generate, params, root, np.arange(num), batch_size=batch_size))
+    )
+
+
+def test_image_i_is_the_same_in_any_batch(tiny, generate):
+    wanted = pictures(generate, tiny[1], 100, 64).astype(int)
+    assert len(np.unique(wanted.reshape(100, -1), axis=0)) == 100
+    for num, batch_size in [(7, 1), (7, 7), (7, 64), (64, 64), (100, 7), (64, 7)]:
+        found = pictures(generate, tiny[1], num, batch_size)
+        assert len(found) == num
+        assert np.abs(found.astype(int) - wanted[:num]).max() <= 1
+
+
+def test_ten_calls_compile_once(tiny, generate, compilations):
+    pictures(generate, tiny[1], 16, 16)
+    with compilations() as count:
+        for _ in range(10):
+            pictures(generate, tiny[1], 16, 16)
+    assert count() == 0
+
+
+def test_a_sample_that_is_not_finite_is_refused(tiny, generate):
+    broken = jax.tree.map(lambda leaf: leaf * np.nan, tiny[1])
+    with pytest.raises(Diverged, match="sample 0 is not finite"):
+        pictures(generate, broken, 8, 8)

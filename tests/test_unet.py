@@ -1,0 +1,179 @@
+"""The network against published parameter counts, NumPy in float64, and identities."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY, random_params
+
+from ddpm_jax import unet
+from ddpm_jax.config import Model
+from ddpm_jax.errors import ConfigError
+
+IMAGE = np.random.default_rng(0).normal(size=(8, 8, 1)).astype(np.float32)
+
+
+def build(shape=(8, 8, 1), **changes):
+    init, net = unet.make_unet(shape, **{**TINY, **changes})
+    return net, random_params(init)
+
+
+@pytest.mark.parametrize(
+    ("shape", "multipliers", "count"),
+    [((32, 32, 3), (1, 2, 2, 2), 35_746_307), ((256, 256, 3), (1, 1, 2, 2, 4, 4), 113_673_219)],
+)
+def test_published_parameter_counts(shape, multipliers, count):
+    """Ho et al. 2020, appendix B: 35.7M for CIFAR-10, 114M for 256x256; the exact counts are those of their code."""
+    init, _ = unet.make_unet(shape, **vars(Model(multipliers=multipliers)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(init, jax.random.key(0)))) == count
+
+
+def test_time_embedding_is_the_papers():
+    """sin and cos of t - 1 times 10000^(-i / (half - 1)), in float64."""
+    for t in (1, 2, 500, 1000):
+        frequencies = 10000.0 ** (-np.arange(8) / 7)
+        wanted = np.concatenate([np.sin((t - 1) * frequencies), np.cos((t - 1) * frequencies)])
+        np.testing.assert_allclose(unet.time_embedding(t, 16), wanted, atol=1e-4)
+    assert unet.time_embedding(3, 9).shape == (9,)
+
+
+def test_group_norm_takes_one_image_as_a_whole():
+    x = np.random.default_rng(0).normal(2, 3, size=(6, 4, 12))
+    norm = unet.group_norm(3, 12)
+    found = norm.apply(norm.init(jax.random.key(0), jnp.asarray(x, jnp.float32)), jnp.asarray(x, jnp.float32))
+    parts = x.reshape(6, 4, 3, 4)
+    wanted = (parts - parts.mean((0, 1, 3), keepdims=True)) / np.sqrt(parts.var((0, 1, 3), keepdims=True) + 1e-6)
+    np.testing.assert_allclose(found, wanted.reshape(x.shape), atol=1e-5)
+
+
+def test_attention_is_softmax_of_scaled_products():
+    """Two heads over twelve pixels, in NumPy float64 from the layer's own parameters."""
+    x = np.random.default_rng(0).normal(size=(3, 4, 8))
+    layer = unet.Attention(num_heads=2, groups=4, dtype=jnp.float32)
+    params = random_params(lambda key: layer.init(key, jnp.asarray(x, jnp.float32))["params"])
+    found = layer.apply({"params": params}, jnp.asarray(x, jnp.float32))
+
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    parts = x.reshape(3, 4, 4, 2)
+    h = (parts - parts.mean((0, 1, 3), keepdims=True)) / np.sqrt(parts.var((0, 1, 3), keepdims=True) + 1e-6)
+    h = h.reshape(12, 8) * p["norm"]["scale"] + p["norm"]["bias"]
+    q, k, v = (h @ p[name]["kernel"] + p[name]["bias"] for name in "qkv")
+    heads = []
+    for at in (slice(0, 4), slice(4, 8)):
+        scores = q[:, at] @ k[:, at].T / np.sqrt(4)
+        weights = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+        heads.append(weights @ v[:, at])
+    wanted = x + (np.concatenate(heads, 1) @ p["out"]["kernel"] + p["out"]["bias"]).reshape(x.shape)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_strided_convolution_pads_below_and_right():
+    """TF's SAME for an even side: output (i, j) is centred on input (2i + 1, 2j + 1)."""
+    layer = unet.convolution(1, 3, jnp.float32, stride=2)
+    kernel = np.zeros((3, 3, 1, 1), np.float32)
+    kernel[1, 1] = 1
+    x = np.arange(36.0, dtype=np.float32).reshape(6, 6, 1)
+    found = layer.apply({"params": {"kernel": kernel, "bias": np.zeros(1)}}, x)
+    np.testing.assert_array_equal(found[..., 0], x[1::2, 1::2, 0])
+
+
+def test_output_is_zero_at_initialisation():
+    init, net = unet.make_unet((8, 8, 1), **TINY)
+    np.testing.assert_array_equal(jax.jit(net)(jax.jit(init)(jax.random.key(0)), IMAGE, 5), 0)
+
+
+def test_attention_stands_where_the_paper_has_it():
+    """After every block of the level, num_res_blocks + 1 of them on the way up, and between the middle blocks."""
+    init, _ = unet.make_unet((32, 32, 3), **vars(Model()))
+    names = jax.eval_shape(init, jax.random.key(0))
+    wanted = [f"down_1_attention_{i}" for i in range(2)] + [f"up_1_attention_{i}" for i in range(3)]
+    assert sorted(name for name in names if "attention" in name) == sorted([*wanted, "middle_attention"])
+
+
+def test_vmap_over_images_is_the_net_of_each(tiny):
+    net, params = tiny
+    x = np.random.default_rng(1).normal(size=(3, 8, 8, 1)).astype(np.float32)
+    t = np.array([1, 40, 1000])
+    together, alone = jax.jit(jax.vmap(net, (None, 0, 0)))(params, x, t), jax.jit(net)
+    for i in range(3):
+        np.testing.assert_allclose(together[i], alone(params, x[i], t[i]), atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(8, 12, 3), (16, 4, 1), (4, 4, 2)])
+def test_any_height_width_and_channels(shape):
+    net, params = build(shape)
+    assert jax.eval_shape(net, params, jnp.zeros(shape), 1).shape == shape
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes", "message"),
+    [
+        ((30, 32, 3), {"multipliers": (1, 2, 2)}, "30x32 cannot be halved 2 times.*28x32 or 32x32"),
+        ((1, 8, 1), {}, "sizes that fit: 2x8"),
+        ((8, 8, 1), {"groups": 3}, "model.groups=3 does not divide the 8 channels.*model.groups=auto"),
+        ((8, 8, 1), {"channels": 12, "groups": 8}, "model.groups=8 does not divide the 12 channels"),
+        ((8, 8, 1), {"num_heads": 3}, "model.num_heads=3 does not divide the 8 channels"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(shape, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        unet.make_unet(shape, **{**TINY, **changes})
+
+
+def test_auto_groups_take_the_largest_divisor():
+    net, params = build(channels=14, groups="auto")
+    assert jax.eval_shape(net, params, IMAGE, 1).shape == (8, 8, 1)
+    assert unet.group_norm("auto", 14).num_groups == 14
+    assert unet.group_norm("auto", 96).num_groups == 32
+    assert unet.group_norm("auto", 70).num_groups == 14
+
+
+def test_an_attention_resolution_never_met_is_told():
+    with pytest.warns(UserWarning, match=r"no level has the resolution 16; the levels have \[8, 4\]"):
+        unet.make_unet((8, 8, 1), **{**TINY, "attention_resolutions": (16, 4)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        unet.make_unet((8, 8, 1), **TINY)
+
+
+def test_dropout_needs_a_key_and_follows_it():
+    net, params = build(dropout=0.5)
+    net = jax.jit(net)
+    first, again = (net(params, IMAGE, 3, key=jax.random.key(1)) for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - net(params, IMAGE, 3, key=jax.random.key(2))).max() > 1e-3
+    np.testing.assert_array_equal(net(params, IMAGE, 3), net(params, IMAGE, 3))
+    assert np.abs(first - net(params, IMAGE, 3)).max() > 1e-3
+
+
+@pytest.mark.parametrize("scale_shift", [False, True])
+def test_time_and_label_reach_the_output(scale_shift):
+    net, params = build(num_classes=3, scale_shift=scale_shift)
+    net = jax.jit(net)
+    outputs = [net(params, IMAGE, t, label=label) for t in (1, 2) for label in (0, 1, 2, None)]
+    for i, a in enumerate(outputs):
+        for b in outputs[:i]:
+            assert np.abs(a - b).max() > 1e-4
+
+
+def test_learned_variance_doubles_the_channels():
+    init, net = unet.make_unet((8, 8, 3), learned_variance=True, **TINY)
+    assert jax.eval_shape(net, jax.eval_shape(init, jax.random.key(0)), jnp.zeros((8, 8, 3)), 1).shape == (8, 8, 6)
+
+
+def test_bfloat16_keeps_parameters_and_output_in_float32(tiny):
+    net, params = build(dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    half, full = jax.jit(net)(params, IMAGE, 7), jax.jit(tiny[0])(params, IMAGE, 7)
+    assert half.dtype == jnp.float32
+    assert 0 < np.abs(half - full).max() < 0.05 * np.abs(full).max()
+
+
+def test_remat_changes_no_gradient(tiny):
+    def gradient(net):
+        return jax.jit(jax.grad(lambda params: jnp.sum(net(params, IMAGE, 7) ** 2)))(tiny[1])
+
+    for a, b in zip(*map(jax.tree.leaves, (gradient(tiny[0]), gradient(build(remat=True)[0]))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
