@@ -5,6 +5,7 @@ It counts once its commit marker is written, so a crash while saving leaves the 
 damaged array data, so each item has a checksum of our own, and a damaged step gives way to the one before it.
 """
 
+import contextlib
 import json
 import logging
 import shutil
@@ -120,6 +121,8 @@ def finish(manager):
 
 def _failed(manager, error):
     """The CheckpointError for a failed save, after its leftovers, which would keep the disk full, are gone."""
+    with contextlib.suppress(Exception):  # it has been told already; the thread that writes must have ended
+        manager.wait_until_finished()
     for path in Path(manager.directory).iterdir():
         if path.is_dir() and not (path / MARKER).exists():
             shutil.rmtree(path, ignore_errors=True)

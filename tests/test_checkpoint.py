@@ -1,0 +1,232 @@
+"""Checkpoints under damage: what is restored is exactly what was saved, or an older step, or a reason."""
+
+import json
+import os
+import random
+import shutil
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax import checkpoint, parallel, training
+from ddpm_jax.errors import CheckpointError
+
+
+def state_at(step):
+    """A TrainState with an Adam state, different at each step."""
+    params = {"block": {"kernel": jnp.full((64, 32), step, jnp.float32), "bias": jnp.arange(7.0) + step}}
+    state = training.init_state(params, training.make_optimizer(1e-3, 1.0))
+    return state._replace(step=jnp.int32(step), skipped=jnp.int32(2))
+
+
+TEMPLATE = jax.eval_shape(lambda: state_at(0))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with the steps 10, 20 and 30."""
+    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
+    with checkpoint.open_manager(folder, keep=3) as manager:
+        for step in (5, 10, 20, 30):
+            checkpoint.save(manager, state_at(step), window=[{"loss": float("nan")}], config={}, shape=(8, 8, 1))
+        checkpoint.finish(manager)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "checkpoints")
+
+
+def restored_step(folder):
+    """The step that is restored, after a check that its arrays are exactly those saved."""
+    state, meta = checkpoint.restore_state(folder, TEMPLATE)
+    wanted = state_at(meta["step"])
+    assert jax.tree.structure(state) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
+        assert np.asarray(a).dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+    return meta["step"]
+
+
+def test_the_newest_step_comes_back_exactly(folder):
+    assert checkpoint.steps(folder) == [10, 20, 30]
+    assert restored_step(folder) == 30
+
+
+def test_a_replicated_state_is_saved_once(tmp_path):
+    with checkpoint.open_manager(tmp_path) as manager:
+        checkpoint.save(manager, parallel.replicate(state_at(3)))
+        checkpoint.finish(manager)
+    assert restored_step(tmp_path) == 3
+
+
+def test_only_the_items_asked_for_are_read(folder):
+    for step in (10, 20, 30):
+        shutil.rmtree(folder / str(step) / "opt_state")
+    meta, trees = checkpoint.load(folder, ["ema_params"])
+    assert (meta["step"], list(trees)) == (30, ["ema_params"])
+
+
+def data_files(folder):
+    return [path for path in (folder / "30").glob("*/d/*") if path.is_file()]
+
+
+def test_every_flipped_bit_in_array_data_is_found(folder):
+    """40 of 40: the step before is taken, and the warning names the item."""
+    chance = random.Random(0)
+    for _ in range(40):
+        path = chance.choice(data_files(folder))
+        whole = path.read_bytes()
+        data = bytearray(whole)
+        data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        path.write_bytes(data)
+        with pytest.warns(UserWarning, match="passed over, step 30"):
+            assert restored_step(folder) == 20
+        path.write_bytes(whole)
+    assert restored_step(folder) == 30
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def edit_meta(path):
+    text = path.read_text()
+    assert '"step": 30' in text
+    path.write_text(text.replace('"step": 30', '"step": 31'))
+
+
+DAMAGES = {
+    "array data cut": lambda folder: [truncate(path) for path in data_files(folder)],
+    "array data gone": lambda folder: [path.unlink() for path in data_files(folder)],
+    "item gone": lambda folder: shutil.rmtree(folder / "30" / "params"),
+    "manifest empty": lambda folder: (folder / "30" / "ema_params" / "manifest.ocdbt").write_bytes(b""),
+    "meta gone": lambda folder: shutil.rmtree(folder / "30" / "meta"),
+    "meta not JSON": lambda folder: (folder / "30" / "meta" / "metadata").write_text("{"),
+    "meta edited": lambda folder: edit_meta(folder / "30" / "meta" / "metadata"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_step_gives_way_to_the_one_before(folder, damage):
+    DAMAGES[damage](folder)
+    with pytest.warns(UserWarning, match="damaged checkpoint passed over, step 30"):
+        assert restored_step(folder) == 20
+
+
+def test_a_step_without_its_marker_is_ignored(folder):
+    (folder / "30" / checkpoint.MARKER).unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert restored_step(folder) == 20
+
+
+def test_foreign_names_are_ignored(folder):
+    (folder / "40").mkdir()
+    (folder / "50").write_text("no folder")
+    (folder / "60.orbax-checkpoint-tmp").mkdir()
+    (folder / "notes").mkdir()
+    assert checkpoint.steps(folder) == [10, 20, 30]
+    assert restored_step(folder) == 30
+
+
+def test_when_all_are_bad_each_is_named(folder):
+    for step in (10, 20, 30):
+        shutil.rmtree(folder / str(step) / "params")
+    with pytest.warns(UserWarning, match="passed over"), pytest.raises(CheckpointError) as caught:
+        restored_step(folder)
+    assert all(f"step {step}: " in str(caught.value) for step in (10, 20, 30))
+
+
+def test_an_empty_folder_is_told(tmp_path):
+    with pytest.raises(CheckpointError, match="there is no checkpoint in"):
+        checkpoint.load(tmp_path)
+
+
+def test_another_model_is_refused_by_name_before_anything_is_read(folder, monkeypatch):
+    other = TEMPLATE._replace(params={"block": {"kernel": jnp.zeros((64, 16))}, "more": jnp.zeros(3)})
+    monkeypatch.setattr(checkpoint, "_restore", lambda *args: pytest.fail("array data were read"))
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.restore_state(folder, other)
+    message = str(caught.value)
+    assert "params/block/kernel is float32[64, 32], the model has float32[64, 16]" in message
+    assert "params/block/bias is float32[7], the model has none" in message
+    assert "params/more is missing, the model has float32[3]" in message
+
+
+def test_at_most_ten_differences_are_named(folder):
+    other = TEMPLATE._replace(params={f"layer_{i}": jnp.zeros(1) for i in range(20)})
+    with pytest.raises(CheckpointError, match="and 12 more") as caught:
+        checkpoint.restore_state(folder, other)
+    assert str(caught.value).count("the model has") == 10
+
+
+def test_a_newer_format_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FORMAT", 0)
+    with pytest.raises(CheckpointError, match="has format 1, this version reads up to 0"):
+        restored_step(folder)
+
+
+def test_a_full_disk_is_told_before_writing(folder, monkeypatch):
+    usage = shutil.disk_usage(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with (
+        checkpoint.open_manager(folder, keep=3) as manager,
+        pytest.raises(CheckpointError, match=r"step 40 was not saved: it needs 0\.0 MB .* 0\.0 MB free"),
+    ):
+        checkpoint.save(manager, state_at(40))
+    assert restored_step(folder) == 30
+
+
+def test_a_save_that_fails_is_told_and_cleaned_up(folder, monkeypatch):
+    """No space where Orbax writes: nothing is left behind, older steps stay, the next save works."""
+
+    async def no_space(self, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    def save(step):
+        checkpoint.save(manager, state_at(step))
+        checkpoint.finish(manager)
+
+    with checkpoint.open_manager(folder, keep=3) as manager:
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint.ocp.PyTreeCheckpointHandler, "async_save", no_space)
+            with pytest.raises(CheckpointError, match=r"could not be written.*No space left on device"):
+                save(40)
+        assert not (folder / "40").exists()
+        assert restored_step(folder) == 30
+        save(50)
+    assert restored_step(folder) == 50
+
+
+def test_an_older_step_is_refused_aloud(folder):
+    with (
+        checkpoint.open_manager(folder, keep=3) as manager,
+        pytest.raises(CheckpointError, match=r"step 25 was not saved.*already holds step 30"),
+    ):
+        checkpoint.save(manager, state_at(25))
+
+
+def test_meta_is_plain_json(folder):
+    meta = json.loads((folder / "30" / "meta" / "metadata").read_text())
+    assert (meta["step"], meta["skipped"], meta["shape"]) == (30, 2, [8, 8, 1])
+    assert meta["versions"]["jax"] == jax.__version__
+
+
+def test_digest_minds_names_shapes_and_types():
+    trees = [{"a": np.zeros(4)}, {"b": np.zeros(4)}, {"a": np.zeros((2, 2))}, {"a": np.zeros(8, np.float32)}]
+    assert len({checkpoint.digest(tree) for tree in trees}) == 4
+    assert checkpoint.digest({"a": np.zeros(4), "b": np.ones(2)}) == checkpoint.digest(
+        {"b": np.ones(2), "a": np.zeros(4)}
+    )
+
+
+def test_reading_leaves_the_folder_as_it_is(folder):
+    (folder / "40").mkdir()
+    before = sorted(os.listdir(folder))
+    checkpoint.load(folder)
+    assert sorted(os.listdir(folder)) == before
