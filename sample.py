@@ -52,6 +52,7 @@ def main():
 
     from ddpm_jax import experiment, images, keys, log, parallel
 
+    checkpoint.quiet()
     parallel.start(args.batch_size, args.platform, "off", args.cpu_devices)
     parts, params, step = restore(folder, args.weights)
     steps = args.steps or parts.config.diffusion.T

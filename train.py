@@ -37,6 +37,7 @@ def main():
 
     from ddpm_jax import checkpoint, data, experiment, log, parallel
 
+    checkpoint.quiet()
     parallel.start(args.config.train.batch_size, args.platform, args.distributed, args.cpu_devices)
     parallel.check_batch_size(args.config.train.batch_size, args.config.train.accumulate)
     say = log.note if parallel.is_first() else lambda text: None
@@ -48,6 +49,7 @@ def main():
     images = "x".join(map(str, dataset.images.shape[1:]))
     say(f"{args.config.data.source}: {len(dataset.images):,} images of {images}")
     dataset = with_labels(dataset, args.config.model.num_classes)
+    data.batch(dataset, 0, 0, args.config.train.batch_size)  # refuses too few images
     parts = experiment.make(args.config, dataset.images.shape[1:])
     say(
         f"U-Net of {experiment.parameter_count(parts):,} parameters; {args.config.train.steps:,} steps "
@@ -109,7 +111,7 @@ def train(parts, dataset, workdir, say):
                 on_host(metrics)
                 say(f"first step, compilation included: {time.monotonic() - clock:.1f} s")
                 busy, logged = 0.0, step
-            check_finite(window, config.max_skipped, step, folder)
+            check_finite(window, config.max_skipped, step, manager)
 
             if at_log or step == last:
                 row = log.mean(window)
@@ -156,14 +158,17 @@ def on_host(metrics):
     return {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
 
 
-def check_finite(window, most, step, folder):
+def check_finite(window, most, step, manager):
     """End the run after `most` steps in a row whose gradient was not finite. They changed nothing."""
     from ddpm_jax import checkpoint
 
     in_row = next((row["skipped_in_row"] for row in reversed(window) if isinstance(row["skipped_in_row"], int)), 0)
     if in_row >= most:
-        good = checkpoint.steps(folder)
-        where = f"the last good checkpoint is {folder / str(good[-1])}" if good else "there is no checkpoint yet"
+        checkpoint.finish(manager)
+        good = checkpoint.steps(manager.directory)
+        where = (
+            f"the last good checkpoint is {manager.directory / str(good[-1])}" if good else "no checkpoint was written"
+        )
         raise errors.Diverged(
             f"the gradient was not finite {in_row} steps in a row, up to step {step}; {where}; "
             "try a lower train.learning_rate"

@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import shutil
+import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -27,7 +28,17 @@ COUNTERS = ("step", "skipped", "skipped_in_row")
 FORMAT = 1
 MARKER = "commit_success.txt"
 
-logging.getLogger("absl").setLevel(logging.ERROR)
+
+def quiet():
+    """Keep Orbax's own pages of traceback off the terminal of a script; its failures reach the user as our errors."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
+    show = sys.unraisablehook
+
+    def hook(unraisable):  # what its file layer says when a failed save has closed the event loop
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            show(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def open_manager(folder, keep=None, read_only=False):
