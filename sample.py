@@ -50,7 +50,7 @@ def main():
 
     import numpy as np
 
-    from ddpm_jax import experiment, images, keys, log, parallel
+    from ddpm_jax import checkpoint, experiment, images, keys, log, parallel
 
     checkpoint.quiet()
     parallel.start(args.batch_size, args.platform, "off", args.cpu_devices)

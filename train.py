@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import time
-import warnings
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -82,6 +81,7 @@ def train(parts, dataset, workdir, say):
 
     asked = signals.catch()
     manager = checkpoint.open_manager(folder, config.keep)
+    keep = checkpoint.make_keeper(manager)
     writer = log.open_log(workdir, first, last) if parallel.is_first() else log.Log(lambda row: None, lambda: None)
     rows, root = parallel.local_rows(config.batch_size), keys.root(config.seed, "train")
     batches = data.prefetch(
@@ -90,7 +90,7 @@ def train(parts, dataset, workdir, say):
     write_grid = make_grid_writer(parts, workdir)
     train_step, state = parallel.pmap_step(train_step), parallel.replicate(state)
     learning_rate = experiment.learning_rate(parts)
-    begun, busy, waited, logged, failed_saves = time.monotonic(), 0.0, 0.0, first, 0
+    begun, busy, waited, logged = time.monotonic(), 0.0, 0.0, first
     try:
         for step in range(first + 1, last + 1):
             clock = time.monotonic()
@@ -128,19 +128,11 @@ def train(parts, dataset, workdir, say):
                 window, busy, waited, logged = [], 0.0, 0.0, step
             if step % config.sample_every == 0 or step == last:
                 write_grid(state, step)
-            try:
-                checkpoint.check(manager)
-                if at_save or ending:
-                    entries = {"config": dataclasses.asdict(parts.config), "shape": parts.shape, "window": window}
-                    checkpoint.save(manager, state, **entries)
-                    failed_saves = 0
-                if ending:
-                    checkpoint.finish(manager)
-            except errors.CheckpointError as error:
-                failed_saves += 1
-                if ending or failed_saves == 3:
-                    raise
-                warnings.warn(f"{error}; training goes on", stacklevel=1)
+            if at_save or ending:
+                entries = {"config": dataclasses.asdict(parts.config), "shape": parts.shape, "window": window}
+                keep(state, last=ending, **entries)
+            else:
+                keep()
             if code is not None:
                 say(f"stopped by a signal; step {step:,} is saved and the same command goes on from it")
                 return code

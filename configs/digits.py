@@ -1,6 +1,6 @@
-"""Real handwritten digits, 8x8, inside scikit-learn: nothing to download, minutes on a laptop.
+"""Real handwritten digits, 8x8 gray, inside scikit-learn: nothing to download, minutes on a laptop.
 
-Expected: loss about 0.08 at the end, samples that read as digits.
+Expected: loss about 0.086 over the last 100 of 2000 steps; samples that read as digits.
 """
 
 from ddpm_jax.config import Config, Data, Diffusion, Model, Train

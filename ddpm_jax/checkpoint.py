@@ -81,8 +81,7 @@ def _name(path):
 def save(manager, state, **meta):
     """Start to save a TrainState with further entries of `meta`; the writing goes on behind.
 
-    Raises CheckpointError when an earlier save failed, the disk has no room, or Orbax refuses. The steps already
-    there are untouched then.
+    Raises CheckpointError when the disk has no room or Orbax refuses; the steps already there are untouched then.
     """
     state = jax.device_get(state)
     step = int(state.step)
@@ -92,7 +91,6 @@ def save(manager, state, **meta):
     meta |= {"format": FORMAT, "versions": versions()}
     meta = json.loads(json.dumps(meta))
     meta["digests"] = {name: digest(items[name]) for name in ARRAYS} | {"meta": _digest_meta(meta)}
-    check(manager)
     free = shutil.disk_usage(manager.directory).free
     if free < 1.1 * size:
         raise CheckpointError(
@@ -114,20 +112,45 @@ def save(manager, state, **meta):
         )
 
 
-def check(manager):
-    """Raise CheckpointError if a save that was going on behind has failed."""
-    try:
-        manager.check_for_errors()
-    except Exception as error:
-        raise _failed(manager, error) from error
-
-
 def finish(manager):
     """Wait until all is written; raise CheckpointError if it was not."""
     try:
         manager.wait_until_finished()
     except Exception as error:
         raise _failed(manager, error) from error
+
+
+def make_keeper(manager, patience=3):
+    """keep(state=None, last=False, **meta): save a state now and then without ending the run when that fails.
+
+    To be called at every step, so that a save that failed behind is told at once. A failure is a warning; it is raised
+    when it is the `patience`-th with no good step between, or when the save is the `last`, which is waited for.
+    """
+    failures = []  # the newest good step at the time of each failure in a row
+
+    def keep(state=None, last=False, **meta):
+        failure = None
+        try:
+            manager.check_for_errors()
+        except Exception as error:
+            failure = _failed(manager, error)
+        if state is not None:
+            try:
+                save(manager, state, **meta)
+                if last:
+                    finish(manager)
+            except CheckpointError as error:
+                if last:
+                    raise
+                failure = error
+        if failure:
+            good = steps(manager.directory)[-1:]
+            failures[:] = [*(step for step in failures if step == good), good]
+            if len(failures) == patience:
+                raise failure
+            warnings.warn(f"{failure}; training goes on", stacklevel=2)
+
+    return keep
 
 
 def _failed(manager, error):
@@ -139,9 +162,9 @@ def _failed(manager, error):
             shutil.rmtree(path, ignore_errors=True)
     manager.reload()
     free = shutil.disk_usage(manager.directory).free
-    reason = " ".join(str(error).split())[:300]
+    reason = " ".join(str(error).split())[:160]
     return CheckpointError(
-        f"a checkpoint could not be written to {manager.directory} ({free / 1e6:,.1f} MB free): {reason}"
+        f"a checkpoint could not be written to {manager.directory}, {free / 1e6:,.1f} MB free ({reason})"
     )
 
 

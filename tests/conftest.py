@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
@@ -53,6 +54,20 @@ def linear():
 @pytest.fixture(scope="session")
 def tiny_loss(tiny, linear):
     return diffusion.make_loss(tiny[0], linear, diffusion.PARAMETERIZATIONS["eps"], diffusion.WEIGHTINGS["simple"])
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """One folder for prepared data, decoded images and compiled programs, so that only the first run pays."""
+    folder = tmp_path_factory.mktemp("shared")
+    names = {"TFDS_DATA_DIR": "tfds", "HOME": "home", "JAX_COMPILATION_CACHE_DIR": "compiled"}
+    own = {name: str(folder / sub) for name, sub in names.items()}
+    kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")}
+    return (
+        kept
+        | own
+        | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    )
 
 
 @pytest.fixture

@@ -182,6 +182,35 @@ def test_a_full_disk_is_told_before_writing(folder, monkeypatch):
     assert restored_step(folder) == 30
 
 
+def test_failures_are_borne_until_the_third_in_a_row(folder, monkeypatch):
+    """Two failures, a good save, two more are warnings; the third without a good one between ends the run."""
+    with checkpoint.open_manager(folder, keep=3) as manager:
+        keep = checkpoint.make_keeper(manager)
+        usage = shutil.disk_usage(folder)
+
+        for step, fails in [(40, True), (50, True), (60, False), (70, True), (80, True)]:
+            with pytest.MonkeyPatch.context() as patch:
+                if fails:
+                    patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+                    with pytest.warns(UserWarning, match=f"step {step} was not saved.*training goes on"):
+                        keep(state_at(step))
+                else:
+                    keep(state_at(step))
+                    checkpoint.finish(manager)
+                    keep()
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+        with pytest.raises(CheckpointError, match="step 90 was not saved"):
+            keep(state_at(90))
+    assert restored_step(folder) == 60
+
+
+def test_a_failure_of_the_last_save_is_raised_at_once(folder, monkeypatch):
+    usage = shutil.disk_usage(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+    with checkpoint.open_manager(folder) as manager, pytest.raises(CheckpointError, match="step 40 was not saved"):
+        checkpoint.make_keeper(manager)(state_at(40), last=True)
+
+
 def test_an_older_step_is_refused_aloud(folder):
     with (
         checkpoint.open_manager(folder, keep=3) as manager,

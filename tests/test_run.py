@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import random
 import resource
 import signal
@@ -33,16 +32,6 @@ TINY = [
     "--config.train.sample_num=3",
     "--config.train.sample_steps=3",
 ]
-
-
-@pytest.fixture(scope="session")
-def environment(tmp_path_factory):
-    """One folder for prepared data, decoded images and compiled programs, so that only the first run pays."""
-    folder = tmp_path_factory.mktemp("shared")
-    names = {"TFDS_DATA_DIR": "tfds", "HOME": "home", "JAX_COMPILATION_CACHE_DIR": "compiled"}
-    own = {name: str(folder / sub) for name, sub in names.items()}
-    kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")}
-    return kept | own | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(scope="session")
@@ -129,7 +118,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(trained, environmen
 
 
 def test_a_disk_that_fills_up_loses_nothing(trained, script, tmp_path):
-    """Files are limited to 50 kB from step 21 on: the saves fail, it goes on for a while, then ends with what there was.
+    """With files limited to 50 kB from step 21 on, saves fail; it goes on for a while and ends with what there was.
 
     With room again it goes on from step 20, to the same end as the run that nothing disturbed.
     """
