@@ -43,7 +43,7 @@ def start(batch_size, platform="auto", distributed="auto", cpu_devices=0):
     try:
         found = jax.default_backend()
     except RuntimeError as error:
-        raise ConfigError(f"platform={platform} is not available: {error}") from error
+        raise ConfigError(f"no such platform here: {str(error).splitlines()[0]} (--platform={platform})") from error
     if platform not in ("auto", found):
         raise ConfigError(f"platform={platform} is not available, JAX found {found}")
     wanted = [name for name in ("CUDA_VISIBLE_DEVICES", "TPU_NAME") if os.environ.get(name)]

@@ -247,7 +247,7 @@ MISTAKES = {
         "8x8 cannot be halved 4 times",
     ),
     "schedule": (["train.py", "--config.diffusion.schedule=linaer"], 2, "is not one of linear, cosine"),
-    "platform": (["train.py", "--platform=tpu"], 2, "platform=tpu is not available"),
+    "platform": (["train.py", "--platform=tpu"], 2, "(--platform=tpu)"),
     "unwritable": (["train.py", "--workdir=/proc/run"], 2, "cannot write to --workdir=/proc/run"),
     "classes": (["train.py", "--config.model.num_classes=5"], 2, "labels run from 0 to 9"),
     "missing folder": (

@@ -1,6 +1,8 @@
 """Samplers against the exact denoiser of Gaussian data, for which every answer is known."""
 
 import itertools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -187,3 +189,16 @@ def test_a_sample_that_is_not_finite_is_refused(tiny, generate):
     broken = jax.tree.map(lambda leaf: leaf * np.nan, tiny[1])
     with pytest.raises(Diverged, match="sample 0 is not finite"):
         pictures(generate, broken, 8, 8)
+
+
+def test_the_readmes_own_sampler_works(linear):
+    """Its example is DDIM at eta 0, added to the table from outside."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "def straight" in block]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(samplers, "SAMPLERS", dict(samplers.SAMPLERS))
+        exec(code, {})
+        sampler = samplers.make_sampler("straight", linear)
+    args = linear.times(10), jax.random.key(0), (16,)
+    found = samplers.sample(exact(linear, 0.5), sampler, *args)
+    np.testing.assert_allclose(found, samplers.sample(exact(linear, 0.5), samplers.ddim(linear), *args), atol=1e-5)
