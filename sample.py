@@ -53,26 +53,31 @@ def main():
     from ddpm_jax import checkpoint, experiment, images, keys, log, parallel
 
     checkpoint.quiet()
-    parallel.start(args.batch_size, args.platform, "off", args.cpu_devices)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise errors.ConfigError(f"cannot write to --out={out}: {error.strerror}") from error
+    parallel.start(args.batch_size, platform=args.platform, distributed="off", cpu_devices=args.cpu_devices)
     parts, params, step = restore(folder, args.weights)
     steps = args.steps or parts.config.diffusion.T
     log.note(
         f"step {step:,} of {workdir}, {args.weights} weights, {args.sampler} with {steps} steps, {parallel.describe()}"
     )
     indices, root = np.arange(args.num), keys.root(args.seed, "sample")
-    labels = choose_labels(args.label, parts.config.model.num_classes, indices)
+    labels = choose_labels(args.label, parts, indices)
 
     given = {} if args.eta is None else {"eta": args.eta}
-    generate = experiment.make_generate(parts, args.sampler, steps, args.spacing, **given)
+    frames = FRAMES if args.gif else 1
+    generate = experiment.make_generate(parts, args.sampler, steps, args.spacing, frames, **given)
     params = parallel.replicate(params)
     clock, batches = time.monotonic(), []
     for batch in parallel.generate_batches(
         parallel.pmap_generate(generate), params, root, indices, labels, args.batch_size
     ):
-        batches.append(batch[:, -1])
+        batches.append(batch)
         done, took = sum(map(len, batches)), time.monotonic() - clock
         log.note(f"{done}/{args.num} images, {done / took:.1f} a second")
-    samples = np.concatenate(batches)
+    samples = np.concatenate([batch[:, -1] for batch in batches])
 
     buffer = io.BytesIO()
     np.savez(buffer, images=samples, **({} if labels is None else {"labels": labels}))
@@ -82,19 +87,7 @@ def main():
         for index, image in zip(indices, samples, strict=True):
             images.save_png(out / f"image_{index:06}.png", image)
     if args.gif:
-        generate = experiment.make_generate(parts, args.sampler, steps, args.spacing, frames=FRAMES, **given)
-        first = slice(0, min(args.num, args.batch_size, 64))
-        path = next(
-            parallel.generate_batches(
-                parallel.pmap_generate(generate),
-                params,
-                root,
-                indices[first],
-                labels and labels[first],
-                args.batch_size,
-            )
-        )
-        images.save_gif(out / "denoising.gif", [images.grid(path[:, frame]) for frame in range(FRAMES)])
+        images.save_gif(out / "denoising.gif", [images.grid(page) for page in batches[0][:64].swapaxes(0, 1)])
     log.note(f"wrote {out / 'grid.png'} and samples.npz")
     return 0
 
@@ -119,12 +112,15 @@ def restore(folder, weights):
     return parts_of(meta), trees[item], meta["step"]
 
 
-def choose_labels(label, num_classes, indices):
+def choose_labels(label, parts, indices):
     """One label an image, or None for a model without classes."""
+    from ddpm_jax import experiment
+
     if label is None:
-        return indices % num_classes if num_classes else None
-    if not 0 <= label < num_classes:
-        what = f"labels 0 to {num_classes - 1}" if num_classes else "no labels"
+        return experiment.labels_in_turn(parts, indices)
+    classes = parts.config.model.num_classes
+    if not 0 <= label < classes:
+        what = f"labels 0 to {classes - 1}" if classes else "no labels"
         raise errors.ConfigError(f"label={label}, but the model has {what}")
     return indices * 0 + label
 

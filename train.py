@@ -6,15 +6,17 @@ The same command again resumes. Everything of the run is in its folder; sample.p
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+import warnings
 from datetime import UTC, datetime
 from pathlib import Path
 
 from ddpm_jax import config as configs
 from ddpm_jax import errors, options
-from ddpm_jax.files import write_atomic
+from ddpm_jax.files import lock, write_atomic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +34,14 @@ class Args(options.Arguments):
 def main():
     args = options.parse(Args, sys.argv[1:], "train.py", __doc__, configs.load)
     workdir = Path(args.workdir or f"runs/{Path(args.config_file).stem}").expanduser()
-    check_folder(workdir, args.config)
 
     from ddpm_jax import checkpoint, data, experiment, log, parallel
 
+    check_folder(workdir, args.config)
     checkpoint.quiet()
-    parallel.start(args.config.train.batch_size, args.platform, args.distributed, args.cpu_devices)
-    parallel.check_batch_size(args.config.train.batch_size, args.config.train.accumulate)
+    batch_size, accumulate = args.config.train.batch_size, args.config.train.accumulate
+    parallel.start(batch_size, accumulate, args.platform, args.distributed, args.cpu_devices)
+    parallel.check_batch_size(batch_size, accumulate)
     say = log.note if parallel.is_first() else lambda text: None
     say(f"ddpm_jax {checkpoint.versions()['ddpm_jax']} on {parallel.describe()}")
     if args.dry_run:
@@ -54,6 +57,10 @@ def main():
         f"U-Net of {experiment.parameter_count(parts):,} parameters; {args.config.train.steps:,} steps "
         f"of {args.config.train.batch_size} images"
     )
+    done = max(checkpoint.steps(workdir / "checkpoints"), default=0)
+    if done >= args.config.train.steps:
+        say(f"already finished at step {done:,}; for more, --config.train.steps={2 * done}")
+        return 0
     if parallel.is_first():  # all is checked: from here on the folder of the run is written
         start_folder(workdir, args.config)
     return train(parts, dataset, workdir, say)
@@ -72,12 +79,23 @@ def train(parts, dataset, workdir, say):
         state, meta = checkpoint.restore_state(folder, jax.eval_shape(init_state))
         window = meta["window"]
         say(f"resuming at step {state.step:,} from {folder}")
+        if meta["images"] != len(dataset.images):
+            raise errors.ConfigError(
+                f"the run had {meta['images']:,} images, the data now have {len(dataset.images):,}: its batches would "
+                "be others; put the data back or take another --workdir"
+            )
+        then, now = (
+            v | {"devices": d}
+            for v, d in [(meta["versions"], meta["devices"]), (checkpoint.versions(), parallel.describe())]
+        )
+        other = [f"{name} {then.get(name)} is now {now[name]}" for name in now if then.get(name) != now[name]]
+        if other:
+            say(f"not bit-exact from here on, only to rounding: {'; '.join(other)}")
+        if parallel.is_first():
+            checkpoint.set_aside(folder, int(state.step))
     else:
         state = init_state()
     first, last = int(state.step), config.steps
-    if first >= last:
-        say(f"already finished at step {first:,}; for more, --config.train.steps={2 * first}")
-        return 0
 
     asked = signals.catch()
     manager = checkpoint.open_manager(folder, config.keep)
@@ -98,7 +116,7 @@ def train(parts, dataset, workdir, say):
             waited += time.monotonic() - clock
             state, metrics = train_step(state, batch, root)
             window.append(metrics)
-            code = asked()
+            code = parallel.agree(asked())
             at_log, at_save = step % config.log_every == 0, step % config.checkpoint_every == 0
             ending = code is not None or step == last
             # Read the metrics one step late, while the device works on, except where they are needed now.
@@ -110,7 +128,7 @@ def train(parts, dataset, workdir, say):
             if step == first + 1:
                 on_host(metrics)
                 say(f"first step, compilation included: {time.monotonic() - clock:.1f} s")
-                busy, logged = 0.0, step
+                busy, waited, logged = 0.0, 0.0, step
             check_finite(window, config.max_skipped, step, manager)
 
             if at_log or step == last:
@@ -118,11 +136,11 @@ def train(parts, dataset, workdir, say):
                 updates = step - row["skipped"]
                 rates = {"learning_rate": float(learning_rate(max(0, updates - 1)))}
                 rates["ema_init_share"] = training.ema_init_share(config.ema_decay, updates)
-                pace = busy / max(1, step - logged)
+                timed = step - logged
                 timing = {
-                    "images_per_second": config.batch_size / pace if pace else None,
-                    "seconds_per_step": pace,
-                    "input_wait": waited / max(1, step - logged),
+                    "images_per_second": config.batch_size * timed / busy if timed else None,
+                    "seconds_per_step": busy / timed if timed else None,
+                    "input_wait": waited / timed if timed else None,
                 }
                 writer.write({"step": step} | row | rates | timing)
                 window, busy, waited, logged = [], 0.0, 0.0, step
@@ -130,6 +148,7 @@ def train(parts, dataset, workdir, say):
                 write_grid(state, step)
             if at_save or ending:
                 entries = {"config": dataclasses.asdict(parts.config), "shape": parts.shape, "window": window}
+                entries |= {"images": len(dataset.images), "devices": parallel.describe()}
                 keep(state, last=ending, **entries)
             else:
                 keep()
@@ -137,8 +156,8 @@ def train(parts, dataset, workdir, say):
                 say(f"stopped by a signal; step {step:,} is saved and the same command goes on from it")
                 return code
     finally:
-        writer.close()
         manager.close()
+        writer.close()
     took = log.clock(time.monotonic() - begun)
     say(f"finished step {last:,} in {took}, loss {row['loss']:.4f}; samples: {workdir / 'samples'}")
     say(f"more samples: python sample.py --workdir={workdir}")
@@ -176,16 +195,18 @@ def make_grid_writer(parts, workdir):
 
     config, root = parts.config.train, keys.root(parts.config.train.seed, "sample")
     generate = parallel.pmap_generate(experiment.make_generate(parts, config.sampler, config.sample_steps))
-    indices, classes = np.arange(config.sample_num), parts.config.model.num_classes
-    labels = indices % classes if classes else None
+    indices = np.arange(config.sample_num)
+    labels = experiment.labels_in_turn(parts, indices)
 
     def write_grid(state, step):
         if parallel.is_first():
             params = parallel.replicate(jax.device_get(state.ema_params))
             batches = parallel.generate_batches(generate, params, root, indices, labels)
-            images.save_png(
-                workdir / "samples" / f"step_{step:09}.png", images.grid(np.concatenate(list(batches))[:, -1])
-            )
+            page = images.grid(np.concatenate(list(batches))[:, -1])
+            try:
+                images.save_png(workdir / "samples" / f"step_{step:09}.png", page)
+            except OSError as error:
+                warnings.warn(f"the samples of step {step} could not be written: {error.strerror}", stacklevel=2)
 
     return write_grid
 
@@ -197,7 +218,7 @@ def dry_run(config, say):
     from ddpm_jax import data, experiment, keys, parallel
 
     size, channels = config.data.image_size, config.data.channels
-    known = (*(size * 2)[:2], channels) if size and channels else None
+    known = (*(size * 2)[:2], channels) if size and channels else None  # one number is a square
     shape = known or data.load(**vars(config.data)).images.shape[1:]
     parts = experiment.make(config, shape)
     say(f"U-Net of {experiment.parameter_count(parts):,} parameters for images of {'x'.join(map(str, shape))}")
@@ -232,13 +253,17 @@ def with_labels(dataset, num_classes):
 
 def check_folder(workdir, config):
     """Refuse a folder that holds another experiment; some fields may differ (config.MAY_CHANGE)."""
+    from ddpm_jax import checkpoint
+
     file = workdir / "config.json"
+    if not checkpoint.steps(workdir / "checkpoints"):
+        return  # nothing has been trained there yet
     if file.exists():
         changed = configs.differences(configs.from_json(file.read_text(), str(file)), config)
         changed = [f"{name} is {a!r} there, {b!r} here" for name, a, b in changed if name not in configs.MAY_CHANGE]
         if changed:
             raise errors.ConfigError(f"{workdir} holds another run ({'; '.join(changed)}); take another --workdir")
-    elif (workdir / "checkpoints").exists():
+    else:
         raise errors.ConfigError(f"{workdir} has checkpoints but no config.json; take another --workdir")
 
 
@@ -248,21 +273,29 @@ def start_folder(workdir, config):
 
     try:
         (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        lock(workdir)
         write_atomic(workdir / "config.json", configs.to_json(config).encode())
         file = workdir / "run.json"
         starts = json.loads(file.read_text()) if file.exists() else []
-        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
         start = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "argv": sys.argv,
             "devices": parallel.describe(),
             "versions": checkpoint.versions() | {"python": sys.version.split()[0]},
-            "git": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None,
+            "git": revision(),
             "xla_flags": os.environ.get("XLA_FLAGS"),
         }
         write_atomic(file, (json.dumps([*starts, start], indent=2) + "\n").encode())
     except OSError as error:
         raise errors.ConfigError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
+
+
+def revision():
+    """The git revision of this code, if there is one."""
+    if not shutil.which("git"):
+        return None
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ IMAGES = 64  # in a batch of samples
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(options.Section):
+class Args(options.Arguments):
     config: configs.Config = dataclasses.field(default_factory=configs.Config)
     config_file: str = "configs/digits.py"
     steps: int = options.option(600, "training steps, at least twice train.log_every", options.at_least(1))

@@ -12,9 +12,9 @@ import shutil
 import sys
 import warnings
 import zlib
+from importlib import metadata
 from pathlib import Path
 
-import flax
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -31,7 +31,8 @@ MARKER = "commit_success.txt"
 
 def quiet():
     """Keep Orbax's own pages of traceback off the terminal of a script; its failures reach the user as our errors."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     show = sys.unraisablehook
 
     def hook(unraisable):  # what its file layer says when a failed save has closed the event loop
@@ -58,6 +59,15 @@ def open_manager(folder, keep=None, read_only=False):
 def steps(folder):
     """The steps that have been committed, oldest first."""
     return sorted(int(path.parent.name) for path in Path(folder).glob(f"*/{MARKER}") if path.parent.name.isdigit())
+
+
+def set_aside(folder, step):
+    """Rename the steps after `step`, which were passed over as damaged: Orbax saves none before its newest."""
+    for newer in steps(folder):
+        if newer > step:
+            target = Path(folder) / f"{newer}.damaged"
+            shutil.rmtree(target, ignore_errors=True)
+            (Path(folder) / str(newer)).rename(target)
 
 
 def digest(tree):
@@ -246,5 +256,7 @@ def restore_state(folder, template):
 
 
 def versions():
-    """The versions on which the bits of a run depend."""
-    return {"ddpm_jax": __version__, "jax": jax.__version__, "flax": flax.__version__, "numpy": np.__version__}
+    """The versions and settings on which the bits of a run depend."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    flags = {name: str(getattr(jax.config, name)) for name in ("jax_default_prng_impl", "jax_threefry_partitionable")}
+    return {"ddpm_jax": __version__} | {name: metadata.version(name) for name in names} | flags

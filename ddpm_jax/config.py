@@ -122,8 +122,11 @@ class Config:
 MAY_CHANGE = {
     "data.cache_dir",
     "data.data_dir",
+    "data.max_unreadable",
     "train.checkpoint_every",
     "train.keep",
+    "train.log_every",
+    "train.max_skipped",
     "train.sample_every",
     "train.sample_num",
     "train.sample_steps",
@@ -146,7 +149,8 @@ def from_json(text, where="config.json"):
     kinds = {name: kind for name, _, kind, _ in leaves(Config, Config())}
     for name in given:
         if name not in kinds:
-            raise ConfigError(f"unknown key {name} in {where}{nearest(name, kinds)}")
+            meant = "".join(f"; did you mean {near}?" for near in nearest(name, kinds))
+            raise ConfigError(f"unknown key {name} in {where}{meant}")
     try:
         return replace(Config(), {name: from_text(kinds[name], to_text(value), name) for name, value in given.items()})
     except ConfigError as error:

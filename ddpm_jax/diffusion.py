@@ -81,7 +81,17 @@ def simple(schedule, t):
     return 1.0
 
 
-WEIGHTINGS = {"simple": simple}  # (schedule, t) -> weight of the squared eps error
+def min_snr(schedule, t, gamma=5.0):
+    """Hang et al. 2023: min(SNR, gamma) / SNR, which holds back the easy times of little noise."""
+    return jnp.minimum(1.0, gamma * jnp.exp(-schedule.logsnr(t)))
+
+
+def p2(schedule, t, k=1.0, gamma=1.0):
+    """Choi et al. 2022, eq. 8 over L_simple: 1 / (k + SNR)^gamma, which favours the times where content is decided."""
+    return (k + jnp.exp(schedule.logsnr(t))) ** -gamma
+
+
+WEIGHTINGS = {"simple": simple, "min_snr": min_snr, "p2": p2}  # (schedule, t) -> weight of the squared eps error
 
 
 def make_loss(net, schedule, parameterization, weight):

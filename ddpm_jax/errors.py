@@ -43,7 +43,7 @@ def run(main):
 
     With `--debug` on the command line the traceback is shown instead.
     """
-    debug = "--debug" in sys.argv
+    debug = "--debug" in sys.argv or "--debug=true" in sys.argv
 
     def show(message, category, filename, lineno, file=None, line=None):
         print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -1,7 +1,11 @@
-"""Writing files so that a reader, also one after a crash, sees the old file or the new one, never a part."""
+"""Files that a reader, also one after a crash, sees old or new but never in part; and folders with one writer."""
 
+import fcntl
 import os
+import socket
 from pathlib import Path
+
+from ddpm_jax.errors import ConfigError
 
 
 def write_atomic(path, data):
@@ -17,3 +21,20 @@ def write_atomic(path, data):
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+_held = []  # open files, whose locks end with them
+
+
+def lock(folder):
+    """Keep other processes from writing to `folder` for as long as this one lives; ConfigError if one does already."""
+    file = open(Path(folder) / "lock", "a+")  # noqa: SIM115 (held until the process ends)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        raise ConfigError(f"{folder} is in use by another run ({file.read().strip()}); take another folder") from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    _held.append(file)

@@ -1,9 +1,11 @@
 """What a run says: metrics.jsonl, one line or bar on the console, TensorBoard when it is installed."""
 
+import contextlib
 import importlib.util
 import json
 import math
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -67,8 +69,11 @@ def open_log(workdir, step, total):
     show, hide = _console(step, total)
 
     def write(row):
-        file.write(json.dumps(row) + "\n")
-        file.flush()
+        try:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+        except OSError as error:
+            warnings.warn(f"step {row['step']} is missing in {path}: {error.strerror}", stacklevel=2)
         if board:
             for name, value in row.items():
                 if value is not None:
@@ -77,7 +82,8 @@ def open_log(workdir, step, total):
 
     def close():
         hide()
-        file.close()
+        with contextlib.suppress(OSError):  # told when it was written
+            file.close()
         if board:
             board.close()
 
@@ -100,7 +106,8 @@ def _console(step, total):
     if not sys.stdout.isatty():
 
         def show(row):
-            eta = clock(row["seconds_per_step"] * (total - row["step"]))
+            pace = row["seconds_per_step"]
+            eta = "-" if pace is None else clock(pace * (total - row["step"]))
             note(f"step {row['step']:>{len(str(total))}}/{total}  {text(row)}  ETA {eta}")
 
         return show, lambda: None

@@ -148,12 +148,12 @@ def replace(value, changes):
 
 
 def nearest(name, known):
-    """A question that names the one of `known` that is nearly `name`, judged by its last part or initials (lr)."""
+    """The one of `known` that is nearly `name`, by its last part or its initials (lr), in a list; or an empty list."""
     last = name.split(".")[-1].replace("-", "_")
     ends = {full.split(".")[-1]: full for full in known}
     initials = {"".join(word[:1] for word in end.split("_")): full for end, full in ends.items() if end[0] == last[:1]}
     near = difflib.get_close_matches(last, ends, 1, 0.75) or difflib.get_close_matches(last, initials, 1, 0.75)
-    return f"; did you mean {(initials | ends)[near[0]]}?" if near else ""
+    return [(initials | ends)[end] for end in near]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -196,7 +196,8 @@ def parse(cls, argv, prog, description, load=None):
         name = word.split("=")[0].lstrip("-")
         if not word.startswith("--"):
             raise ConfigError(f"unexpected argument {word!r}; options are written --name=value")
-        raise ConfigError(f"unknown option {word.split('=')[0]}{nearest(name, known)}")
+        meant = "".join(f"; did you mean {_spelled('--' + near)}?" for near in nearest(name, known))
+        raise ConfigError(f"unknown option {word.split('=')[0]}{meant}")
     changes = {
         name: from_text(known[name], text, "--" + name) for name, text in vars(given).items() if name != "config"
     }

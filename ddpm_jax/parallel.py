@@ -6,10 +6,12 @@ State is replicated and has no leading device axis (`in_axes=None, out_axes=None
 
 import importlib.util
 import os
+import re
 import warnings
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ddpm_jax.errors import ConfigError, Diverged
@@ -17,7 +19,7 @@ from ddpm_jax.errors import ConfigError, Diverged
 AXIS = "batch"
 
 
-def start(batch_size, platform="auto", distributed="auto", cpu_devices=0):
+def start(batch_size, accumulate=1, platform="auto", distributed="auto", cpu_devices=0):
     """Choose the devices and join the other processes; to be called before any array is made.
 
     platform: auto, or cpu, gpu, tpu, which refuses anything else. distributed: off; auto, which joins where SLURM,
@@ -29,17 +31,22 @@ def start(batch_size, platform="auto", distributed="auto", cpu_devices=0):
         jax.config.update("jax_platforms", platform)
     if not cpu_devices and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        cpu_devices = max(n for n in range(1, cores + 1) if n == 1 or (batch_size % n == 0 and batch_size // n >= 16))
+        fits = [n for n in range(2, cores + 1) if batch_size % (n * accumulate) == 0 and batch_size // n >= 16]
+        cpu_devices = max(fits, default=1)
     if cpu_devices:
         jax.config.update("jax_num_cpu_devices", cpu_devices)
-    if distributed not in ("auto", "off"):
-        try:
-            address, process, count = distributed.split(",")
-            jax.distributed.initialize(address, int(count), int(process))
-        except ValueError as error:
-            raise ConfigError(f"distributed={distributed} is not auto, off or HOST:PORT,ID,COUNT") from error
-    elif distributed == "auto" and _among_several():
-        jax.distributed.initialize()
+    place = re.fullmatch(r"([^,]+:\d+),(\d+),(\d+)", distributed)
+    if distributed not in ("auto", "off") and not (place and int(place[2]) < int(place[3])):
+        raise ConfigError(f"--distributed={distributed} is not auto, off or HOST:PORT,ID,COUNT with ID below COUNT")
+    try:
+        if place:
+            jax.distributed.initialize(place[1], int(place[3]), int(place[2]))
+        elif distributed == "auto" and _among_several():
+            jax.distributed.initialize()
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"cannot join the other processes ({str(error).splitlines()[0]}); --distributed=off trains alone"
+        ) from error
     try:
         found = jax.default_backend()
     except RuntimeError as error:
@@ -58,7 +65,7 @@ def start(batch_size, platform="auto", distributed="auto", cpu_devices=0):
 
 def _among_several():
     counts = [os.environ.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")]
-    on_tpu = importlib.util.find_spec("libtpu") and os.path.exists("/dev/accel0")
+    on_tpu = importlib.util.find_spec("libtpu") and (os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0"))
     return any(count != "1" for count in counts) or "JAX_COORDINATOR_ADDRESS" in os.environ or bool(on_tpu)
 
 
@@ -72,6 +79,13 @@ def describe():
 def is_first():
     """Whether this process is the one that prints and writes."""
     return jax.process_index() == 0
+
+
+def agree(code):
+    """The largest of all processes' exit codes, None counting as none, so that all leave after the same step."""
+    if jax.process_count() == 1:
+        return code
+    return int(multihost_utils.process_allgather(np.int32(code or 0)).max()) or None
 
 
 def check_batch_size(batch_size, accumulate=1):

@@ -76,7 +76,53 @@ def ddim(schedule, eta=0.0):
     return Sampler(no_memory, step)
 
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim}
+def dpmpp_2m(schedule):
+    """DPM-Solver++(2M), Lu et al. 2022, algorithm 2: second order in the log-SNR, one call of the network a step.
+
+    Remembers the last x_0_hat and the last step h in half log-SNR. The first step and the one to clean data, whose
+    h is infinite, are of first order.
+    """
+
+    def init(x_T):
+        return jnp.zeros_like(x_T), jnp.inf
+
+    def step(predict, key, x_t, t, s, memory):
+        last_x_0_hat, last_h = memory
+        logsnr_t, logsnr_s = schedule.logsnr(t), schedule.logsnr(s)
+        (_, sigma_t), (alpha_s, sigma_s) = alpha_sigma(logsnr_t), alpha_sigma(logsnr_s)
+        h = (logsnr_s - logsnr_t) / 2
+        x_0_hat = predict(x_t, t)
+        slope = jnp.where(jnp.isfinite(h), h / (2 * last_h), 0.0)
+        ahead = x_0_hat + slope * (x_0_hat - last_x_0_hat)
+        return sigma_s / sigma_t * x_t - alpha_s * jnp.expm1(-h) * ahead, (x_0_hat, h)
+
+    return Sampler(init, step)
+
+
+def heun(schedule):
+    """Heun's second-order step of the probability-flow ODE (Karras et al. 2022, algorithm 1), two calls a step.
+
+    Over the noise level n = sigma / alpha the ODE of y = x / alpha is dy/dn = eps_hat, so that Euler's step is DDIM's.
+    The correction takes the mean of both ends' eps_hat; the step to clean data has none.
+    """
+
+    def step(predict, key, x_t, t, s, memory):
+        logsnr_t, logsnr_s = schedule.logsnr(t), schedule.logsnr(s)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(logsnr_t), alpha_sigma(logsnr_s)
+        x_0_hat = predict(x_t, t)
+        eps_hat = (x_t - alpha_t * x_0_hat) / sigma_t
+        euler = alpha_s * x_0_hat + sigma_s * eps_hat
+
+        def correction():
+            eps_hat_s = (euler - alpha_s * predict(euler, s)) / sigma_s
+            return (sigma_s - alpha_s * sigma_t / alpha_t) * (eps_hat_s - eps_hat) / 2
+
+        return euler + lax.cond(sigma_s > 0, correction, lambda: jnp.zeros_like(euler)), memory
+
+    return Sampler(no_memory, step)
+
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpmpp_2m": dpmpp_2m, "heun": heun}
 
 
 def make_sampler(name, schedule, defaults=(), **options):
@@ -102,8 +148,12 @@ def sample(predict, sampler, times, key, shape):
 
 
 def sample_path(predict, sampler, times, key, shape, frames):
-    """x at `frames` moments evenly spread over the reverse process, (frames, H, W, C); the last is x_0."""
+    """x at `frames` moments evenly spread over the reverse process, (frames, H, W, C); the last is x_0.
+
+    There are no more frames than steps.
+    """
     times, n = jnp.asarray(times), len(times) - 1
+    frames = min(frames, n)
     slots = np.arange(n) * frames // n  # the last step that falls into a slot stays there
 
     def body(carry, at):
@@ -117,17 +167,17 @@ def sample_path(predict, sampler, times, key, shape, frames):
     return lax.scan(body, start, (np.arange(n), slots, times[:-1], times[1:]))[0][2]
 
 
-def make_generate(net, schedule, parameterization, sampler, times, shape, frames=1, clip=True):
+def make_generate(net, schedule, parameterization, sampler, times, shape, frames=1):
     """generate(params, root, index, label=None) -> image `index` of the stream `root`.
 
-    uint8 (frames, H, W, C): pictures along the reverse process of which the last is the sample. NaN, if there is
-    any, is kept visible by the second result: whether all values were finite.
+    uint8 (frames, H, W, C): pictures along the reverse process of which the last is the sample; and whether all of
+    their values were finite, which uint8 cannot show.
     """
 
     def generate(params, root, index, label=None):
         predict = make_denoiser(net, schedule, parameterization, params, label)
         key = jax.random.fold_in(root, index)
-        path = sample_path(clipped(predict) if clip else predict, sampler, times, key, shape, frames)
+        path = sample_path(clipped(predict), sampler, times, key, shape, frames)
         return to_uint8(path), jnp.all(jnp.isfinite(path))
 
     return generate

@@ -35,7 +35,41 @@ def cosine_betas(T=1000, s=0.008, largest=0.999):
     return np.minimum(1 - level[1:] / level[:-1], largest)
 
 
-SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
+def quadratic_betas(T=1000, start=1e-4, end=0.02, scale=True):
+    """`quad` of Ho's code: linear in the square root of beta. NumPy float64 (T,)."""
+    factor = 1000 / T if scale else 1.0
+    return np.linspace(math.sqrt(start), math.sqrt(end), T) ** 2 * factor
+
+
+def constant_betas(T=1000, value=0.02, scale=True):
+    """`const` of Ho's code: the same beta at every time. NumPy float64 (T,)."""
+    return np.full(T, value * (1000 / T if scale else 1.0))
+
+
+def warm_up_betas(T=1000, start=1e-4, end=0.02, share=0.1, scale=True):
+    """`warmup10` of Ho's code: linear over the first `share` of the times, constant after. NumPy float64 (T,)."""
+    factor, rising = 1000 / T if scale else 1.0, int(T * share)
+    return np.concatenate([np.linspace(start, end, rising), np.full(T - rising, end)]) * factor
+
+
+def sigmoid_betas(T=1000, start=-3.0, end=3.0, tau=1.0, largest=0.999):
+    """Jabri et al. 2022; Chen 2023: alphas_bar is a sigmoid of t / T, from `start` to `end`, scaled to run from 1 to 0.
+
+    Each beta is capped at `largest`; alphas_bar is then the product of the capped betas. NumPy float64 (T,).
+    """
+    level = 1 / (1 + np.exp((np.linspace(start, end, T + 1)) / tau))
+    level = (level - level[-1]) / (level[0] - level[-1])
+    return np.minimum(1 - level[1:] / level[:-1], largest)
+
+
+SCHEDULES = {
+    "linear": linear_betas,
+    "cosine": cosine_betas,
+    "quadratic": quadratic_betas,
+    "sigmoid": sigmoid_betas,
+    "constant": constant_betas,
+    "warm_up": warm_up_betas,
+}
 
 
 def trailing(T, n):
@@ -48,7 +82,25 @@ def leading(T, n):
     return np.append(1 + T // n * np.arange(n)[::-1], 0).astype(np.int32)
 
 
-SPACINGS = {"trailing": trailing, "leading": leading}
+def linspace(T, n):
+    """n times evenly spread from T to 1, both included, then 0."""
+    return np.append(np.round(np.linspace(T, 1, n)), 0).astype(np.int32)
+
+
+def quadratic(T, n):
+    """n times whose square roots are evenly spread, dense near clean data (Song et al. 2020, appendix D.2), then 0."""
+    return _distinct(np.linspace(math.sqrt(T), 1, n) ** 2, T)
+
+
+def _distinct(times, T):
+    """Falling times rounded to whole ones and moved apart where rounding joins them, then 0."""
+    times, n = np.round(times).astype(np.int64), len(times)
+    left = np.arange(n, 0, -1)  # how many times must still fit above 0
+    times = np.minimum.accumulate(times + np.arange(n)) - np.arange(n)
+    return np.append(np.clip(np.maximum(times, left), 1, T), 0).astype(np.int32)
+
+
+SPACINGS = {"trailing": trailing, "leading": leading, "linspace": linspace, "quadratic": quadratic}
 
 
 class DiscreteSchedule(NamedTuple):
@@ -76,6 +128,8 @@ class DiscreteSchedule(NamedTuple):
         """Times of an n-step sampler, falling from at most T to 0: NumPy int32 (n + 1,)."""
         if not 1 <= n <= self.T:
             raise ConfigError(f"steps={n} must be from 1 to T={self.T}")
+        if spacing not in SPACINGS:
+            raise ConfigError(f"spacing={spacing} is not one of {', '.join(SPACINGS)}")
         return SPACINGS[spacing](self.T, n)
 
 

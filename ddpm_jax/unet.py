@@ -1,6 +1,6 @@
 """The U-Net of Ho et al. 2020 (appendix B) for one image, in Flax Linen.
 
-Nothing outside this file knows Flax: `make_unet` hands out two pure functions. Choices of the paper's code that its
+Nothing outside this file knows Linen: `make_unet` hands out two pure functions. Choices of the paper's code that its
 text leaves open: group norm with 32 groups and eps 1e-6; attention after every block of a level, also on the way up,
 and between the two middle blocks; the last convolution of each block, of the attention and of the network start at
 zero; a strided convolution pads (0, 1), which is what SAME means for an even side.
@@ -42,6 +42,11 @@ def dense(features, dtype, zero=False, name=None):
 def group_norm(groups, channels, name=None):
     """Group norm in float32. On one image all three axes are named, else Linen takes the first for the batch."""
     groups = _largest_divisor(channels) if groups == "auto" else groups
+    if channels % groups:
+        raise ConfigError(
+            f"model.groups={groups} does not divide the {channels} channels that a group norm of the U-Net meets; "
+            f"take model.channels that are a multiple of {groups}, or model.groups=auto"
+        )
     return nn.GroupNorm(groups, epsilon=1e-6, reduction_axes=(-3, -2, -1), use_fast_variance=False, name=name)
 
 
@@ -80,6 +85,8 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x):
         height, width, channels = x.shape
+        if channels % self.num_heads:
+            raise ConfigError(f"model.num_heads={self.num_heads} does not divide the {channels} channels of a level")
         h = group_norm(self.groups, channels, "norm")(x)
         q, k, v = (
             dense(channels, self.dtype, name=name)(h).reshape(height * width, self.num_heads, -1) for name in "qkv"
@@ -120,7 +127,7 @@ class UNet(nn.Module):
 
         embedding = dense(4 * self.channels, self.dtype, name="time_1")(time_embedding(t, self.channels))
         embedding = dense(4 * self.channels, self.dtype, name="time_2")(nn.swish(embedding))
-        if self.num_classes:  # the entry after the last class stands for "no label"
+        if self.num_classes:  # the entry after the last class: no label; trained only if labels are dropped
             label = jnp.asarray(self.num_classes if label is None else label)
             embedding += nn.Embed(self.num_classes + 1, 4 * self.channels, dtype=self.dtype, name="label")(label)
 
@@ -159,7 +166,7 @@ def make_unet(shape, learned_variance=False, **options):
     training (dropout), none means evaluation. x_t: float32 (H, W, C); t: scalar in 1..T; label: class or None.
     Raises ConfigError for a size that the levels do not halve, or widths that groups or heads do not divide.
     """
-    _check(shape, **options)
+    _check_size(shape, options["multipliers"], options["attention_resolutions"])
     options["dtype"] = jnp.dtype(options["dtype"])
     module = UNet(out_channels=shape[-1] * (1 + learned_variance), **options)
 
@@ -170,6 +177,7 @@ def make_unet(shape, learned_variance=False, **options):
         rngs = None if key is None else {"dropout": key}
         return module.apply({"params": params}, x_t, t, label, rngs=rngs)
 
+    jax.eval_shape(init, jax.random.key(0))  # meets every layer, and so every width that does not fit
     return init, net
 
 
@@ -177,23 +185,8 @@ def _largest_divisor(channels, limit=32):
     return max(g for g in range(1, limit + 1) if channels % g == 0)
 
 
-def _normed_widths(widths, channels, num_res_blocks):
-    """The channel counts that a group norm meets, the joined skips of the way up among them."""
-    skips = [channels]
-    for width in widths:
-        skips += [width] * (num_res_blocks + 1)
-    skips.pop()  # the last level is not halved
-    met, h = {*skips}, widths[-1]
-    for width in reversed(widths):
-        for _ in range(num_res_blocks + 1):
-            met.add(h + skips.pop())
-            h = width
-    return met
-
-
-def _check(shape, channels, multipliers, num_res_blocks, attention_resolutions, num_heads, groups, **_):
+def _check_size(shape, multipliers, attention_resolutions):
     height, width, _ = shape
-    widths = [channels * m for m in multipliers]
     unit = 2 ** (len(multipliers) - 1)
     if height % unit or width % unit:
         low, high = ([max(unit, side // unit * unit), -(-side // unit) * unit] for side in (height, width))
@@ -202,15 +195,6 @@ def _check(shape, channels, multipliers, num_res_blocks, attention_resolutions, 
             f"images of {height}x{width} cannot be halved {len(multipliers) - 1} times, "
             f"as model.multipliers={','.join(map(str, multipliers))} asks; sizes that fit: {fits}"
         )
-    for each in sorted(_normed_widths(widths, channels, num_res_blocks)):
-        if groups != "auto" and each % groups:
-            raise ConfigError(
-                f"model.groups={groups} does not divide the {each} channels that the U-Net has with "
-                f"model.channels={channels}; take channels that are a multiple of {groups}, or model.groups=auto"
-            )
-    for each in widths:
-        if each % num_heads:
-            raise ConfigError(f"model.num_heads={num_heads} does not divide the {each} channels of a level")
     sides = [min(height, width) // 2**level for level in range(len(multipliers))]
     for side in set(attention_resolutions) - set(sides):
         warnings.warn(

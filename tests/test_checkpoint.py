@@ -211,6 +211,19 @@ def test_a_failure_of_the_last_save_is_raised_at_once(folder, monkeypatch):
         checkpoint.make_keeper(manager)(state_at(40), last=True)
 
 
+def test_damaged_steps_are_set_aside_so_that_saving_goes_on(folder):
+    """Orbax takes no step before its newest; after a fall back to 20 the next save must not have to wait for 31."""
+    shutil.rmtree(folder / "30" / "params")
+    with pytest.warns(UserWarning, match="passed over, step 30"):
+        assert restored_step(folder) == 20
+    checkpoint.set_aside(folder, 20)
+    assert checkpoint.steps(folder) == [10, 20]
+    with checkpoint.open_manager(folder, keep=3) as manager:
+        checkpoint.save(manager, state_at(25))
+        checkpoint.finish(manager)
+    assert restored_step(folder) == 25
+
+
 def test_an_older_step_is_refused_aloud(folder):
     with (
         checkpoint.open_manager(folder, keep=3) as manager,

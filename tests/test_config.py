@@ -115,11 +115,11 @@ def test_another_config_file(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "fragment"),
     [
-        (["--config.train.lrr=3"], "unknown option --config.train.lrr; did you mean config.train.learning_rate?"),
-        (["--config.train.step=3"], "--config.train.step; did you mean config.train.steps?"),
-        (["--config.train.learning_rat", "3"], "did you mean config.train.learning_rate?"),
-        (["--config.trian.batch-size=3"], "did you mean config.train.batch_size?"),
-        (["--train.steps=3"], "did you mean config.train.steps?"),
+        (["--config.train.lrr=3"], "unknown option --config.train.lrr; did you mean --config.train.learning_rate?"),
+        (["--config.train.step=3"], "--config.train.step; did you mean --config.train.steps?"),
+        (["--config.train.learning_rat", "3"], "did you mean --config.train.learning_rate?"),
+        (["--config.trian.batch-size=3"], "did you mean --config.train.batch_size?"),
+        (["--train.steps=3"], "did you mean --config.train.steps?"),
         (["--bogus"], "unknown option --bogus"),
         (["--config.train.steps=abc"], "--config.train.steps=abc is not a whole number"),
         (["--config.train.steps=1.5"], "--config.train.steps=1.5 is not a whole number"),
@@ -336,7 +336,7 @@ def test_help_lists_every_field_and_answers_before_jax_is_loaded():
 @pytest.mark.parametrize(
     ("argument", "fragment"),
     [
-        ("--config.train.lrr=3", "unknown option --config.train.lrr; did you mean config.train.learning_rate?"),
+        ("--config.train.lrr=3", "unknown option --config.train.lrr; did you mean --config.train.learning_rate?"),
         ("--config.train.steps=1.5", "--config.train.steps=1.5 is not a whole number"),
         ("--config", "--config: expected one argument"),
         ("--platform=abacus", "error: --platform=abacus must be one of auto, cpu, gpu, tpu"),

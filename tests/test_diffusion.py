@@ -123,3 +123,18 @@ def test_loss_draws_what_its_key_says(linear):
     assert {label for _, label, _ in seen} == {7}
     times = [t for t, _, _ in seen]
     assert 1 <= min(times) < 300 < 700 < max(times) <= 1000
+
+
+def test_weightings_at_their_turning_points(linear):
+    """min-SNR-5 is 1 up to SNR 5 and then 5 / SNR; P2 is 1 / (1 + SNR), between 1 - alphas_bar exactly."""
+    t = np.arange(1, 1001)
+    bar = np.cumprod(1 - BETAS["linear"])
+    weigh = {
+        name: jax.vmap(weight, (None, 0))(linear, t)
+        for name, weight in diffusion.WEIGHTINGS.items()
+        if name != "simple"
+    }
+    easy = bar / (1 - bar) > 5
+    np.testing.assert_allclose(weigh["min_snr"][~easy], 1)
+    np.testing.assert_allclose(weigh["min_snr"][easy], (5 * (1 - bar) / bar)[easy], rtol=1e-4)
+    np.testing.assert_allclose(weigh["p2"], 1 - bar, rtol=1e-4)

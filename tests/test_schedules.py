@@ -76,9 +76,12 @@ def test_times_fall_for_every_number_of_steps(T, spacing):
         if spacing == "trailing":
             assert times[0] == T
             assert np.ptp(np.diff(times)) <= 1
-        else:
+        elif spacing == "leading":
             assert times[-2] == 1
             assert set(np.diff(times[:-1])) <= {-(T // n)}
+        else:
+            assert times[0] == T
+            assert times[-2] == 1 or n == 1
 
 
 @pytest.mark.parametrize("n", [0, -3, 1001])
@@ -112,3 +115,42 @@ def test_another_schedule_compiles_nothing_anew():
     for betas in (schedules.linear_betas(100), schedules.cosine_betas(100)):
         logsnr(schedules.from_betas(betas), jnp.int32(3))
     assert len(traces) == 1
+
+
+def test_quadratic_constant_and_warm_up_betas_are_those_of_hos_code():
+    """diffusion_utils.py: quad, const and warmup10 with T = 1000, from 1e-4 to 0.02."""
+    found = schedules.quadratic_betas(1000)
+    assert found[[0, -1]] == pytest.approx([1e-4, 0.02])
+    np.testing.assert_allclose(np.diff(np.sqrt(found)), (np.sqrt(0.02) - 0.01) / 999, rtol=1e-9)
+    assert set(schedules.constant_betas(1000)) == {0.02}
+    found = schedules.warm_up_betas(1000)
+    np.testing.assert_allclose(np.diff(found[:100]), (0.02 - 1e-4) / 99)
+    assert set(found[99:]) == {0.02}
+    assert len(found) == 1000
+
+
+def test_sigmoid_follows_its_closed_form():
+    """Jabri et al. 2022, gamma(t) with start -3, end 3, tau 1, wherever no beta is capped."""
+    schedule, t = schedules.from_betas(schedules.sigmoid_betas(1000)), np.arange(1, 995)
+
+    def sigmoid(x):
+        return 1 / (1 + np.exp(-x))
+
+    wanted = (sigmoid(3) - sigmoid(t / 1000 * 6 - 3)) / (sigmoid(3) - sigmoid(-3))
+    np.testing.assert_allclose(alphas_bar(schedule, t), wanted, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", schedules.SCHEDULES)
+@pytest.mark.parametrize("T", [100, 1000])
+def test_every_schedule_is_usable(name, T):
+    """Log-SNRs that fall from 10 bits or more of signal to almost none."""
+    schedule = schedules.from_betas(schedules.SCHEDULES[name](T))
+    logsnr = np.asarray(schedule.logsnr(np.arange(1, T + 1)))
+    assert np.all(np.diff(logsnr) < 0)
+    assert logsnr[0] > 1.3
+    assert alphas_bar(schedule, T) < 1e-3
+
+
+def test_an_unknown_spacing_is_refused(linear):
+    with pytest.raises(ConfigError, match="spacing=even is not one of trailing, leading"):
+        linear.times(5, "even")

@@ -114,7 +114,7 @@ def test_any_height_width_and_channels(shape):
         ((1, 8, 1), {}, "sizes that fit: 2x8"),
         ((8, 8, 1), {"groups": 3}, "model.groups=3 does not divide the 8 channels.*model.groups=auto"),
         ((8, 8, 1), {"channels": 12, "groups": 8}, "model.groups=8 does not divide the 12 channels"),
-        ((8, 8, 1), {"num_heads": 3}, "model.num_heads=3 does not divide the 8 channels"),
+        ((8, 8, 1), {"num_heads": 3}, "model.num_heads=3 does not divide the 16 channels"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(shape, changes, message):

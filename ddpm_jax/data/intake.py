@@ -14,7 +14,8 @@ MAX_ASPECT = 50
 def find(folder):
     """The picture files below a folder as (path, size, mtime), in byte order of the names; hidden ones left out."""
     found = []
-    for directory, _, names in os.walk(os.fsencode(folder)):
+    for directory, folders, names in os.walk(os.fsencode(folder)):
+        folders[:] = [name for name in folders if not name.startswith(b".")]
         for name in names:
             if os.fsdecode(name).lower().endswith(SUFFIXES) and not name.startswith(b"."):
                 path = os.path.join(directory, name)

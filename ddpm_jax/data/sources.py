@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import math
 import os
+import shutil
+import warnings
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -50,9 +53,12 @@ def from_npz(path, image_size, channels, **_):
         images = images[..., None]
     if images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise DataError(f"images of {path} have the shape {images.shape}; (N, height, width, 1 or 3) is needed")
-    if labels is not None and labels.shape != images.shape[:1]:
-        raise DataError(f"labels of {path} have the shape {labels.shape}, not one for each of {len(images)} images")
-    if images.shape[1:] != (*(image_size or images.shape[1:3]), channels or images.shape[-1]):
+    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
+        raise DataError(
+            f"labels of {path} are {labels.dtype} of shape {labels.shape}, not whole numbers, one for each of "
+            f"{len(images)} images"
+        )
+    if len(images) and images.shape[1:] != (*(image_size or images.shape[1:3]), channels or images.shape[-1]):
         images = np.stack([_fit_array(image, image_size, channels) for image in images])
     return Dataset(images, labels)
 
@@ -116,13 +122,20 @@ SOURCES = {"digits": from_digits, "tfds": from_tfds, "folder": from_folder, "npz
 def _from_builder(builder, image_size, channels, split, cache_dir):
     try:
         rows = builder.as_data_source(split=split)
-        rows[0]["image"]  # only now is a file opened
+        if "image" not in builder.info.features:
+            raise DataError(f"TFDS data set {builder.info.full_name} has no feature 'image'")
+        rows[0]  # only now is a file opened
     except (RuntimeError, ValueError, LookupError, AssertionError, OSError) as error:
         raise DataError(
             f"TFDS data set {builder.info.full_name} is not prepared as array_record in {builder.data_dir}, or has no "
             f"split {split}; prepare it with download_and_prepare(file_format='array_record') ({_first_line(error)})"
         ) from error
-    labelled = "label" in builder.info.features
+    features = builder.info.features
+    labelled = "label" in features
+    if not image_size and None in features["image"].shape[:2]:
+        raise DataError(
+            f"{builder.info.full_name} has images of several sizes; --config.data.image_size=64 makes them one"
+        )
 
     def get(i):
         row = rows[int(i)]
@@ -165,17 +178,31 @@ def _decode(name, state, items, get, shape, max_unreadable, cache_dir):
         not (about.is_file() and images.is_file() and labels.is_file())
         or json.loads(about.read_text())["state"] != state
     ):
-        base.parent.mkdir(parents=True, exist_ok=True)
+        _check_room(base.parent, len(items) * math.prod(shape))
         about.unlink(missing_ok=True)  # it no longer tells the truth, also when decoding fails
         bad = _decode_to(images, labels, items, get, shape)
-        if len(bad) > max_unreadable * len(items):
-            raise DataError(f"{_unreadable(bad, items)}, more than data.max_unreadable={max_unreadable:g} of them")
         write_atomic(about, json.dumps({"name": name, "state": state, "bad": bad}).encode())
-    bad = json.loads(about.read_text())["bad"]
+    else:
+        bad = json.loads(about.read_text())["bad"]
+    if len(bad) > max_unreadable * len(items):
+        raise DataError(f"{_unreadable(bad, items)}, more than data.max_unreadable={max_unreadable:g} of them")
     if bad:
-        note(f"warning: {_unreadable(bad, items)}; they are left out")
+        warnings.warn(f"{_unreadable(bad, items)}; they are left out", stacklevel=2)
     labels = np.load(labels)
     return Dataset(np.load(images, mmap_mode="r"), None if (labels < 0).any() else labels)
+
+
+def _check_room(folder, size):
+    """Make the folder of decoded images; DataError when it cannot be made or has no room for `size` bytes more."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise DataError(f"cannot make data.cache_dir={folder}: {error.strerror}") from error
+    if size > free:
+        raise DataError(
+            f"the decoded images need {size / 1e9:,.1f} GB, data.cache_dir={folder} has {free / 1e9:,.1f} GB"
+        )
 
 
 def _unreadable(bad, items):
