@@ -76,23 +76,7 @@ def train(parts, dataset, workdir, say):
     init_state, train_step = experiment.make_training(parts)
     window = []  # metrics of the steps since the last line of the log
     if checkpoint.steps(folder):
-        state, meta = checkpoint.restore_state(folder, jax.eval_shape(init_state))
-        window = meta["window"]
-        say(f"resuming at step {state.step:,} from {folder}")
-        if meta["images"] != len(dataset.images):
-            raise errors.ConfigError(
-                f"the run had {meta['images']:,} images, the data now have {len(dataset.images):,}: its batches would "
-                "be others; put the data back or take another --workdir"
-            )
-        then, now = (
-            v | {"devices": d}
-            for v, d in [(meta["versions"], meta["devices"]), (checkpoint.versions(), parallel.describe())]
-        )
-        other = [f"{name} {then.get(name)} is now {now[name]}" for name in now if then.get(name) != now[name]]
-        if other:
-            say(f"not bit-exact from here on, only to rounding: {'; '.join(other)}")
-        if parallel.is_first():
-            checkpoint.set_aside(folder, int(state.step))
+        state, window = resume(folder, jax.eval_shape(init_state), len(dataset.images), say)
     else:
         state = init_state()
     first, last = int(state.step), config.steps
@@ -162,6 +146,28 @@ def train(parts, dataset, workdir, say):
     say(f"finished step {last:,} in {took}, loss {row['loss']:.4f}; samples: {workdir / 'samples'}")
     say(f"more samples: python sample.py --workdir={workdir}")
     return 0
+
+
+def resume(folder, template, images, say):
+    """(state, metrics not yet logged) of the newest whole checkpoint, after a look at what has changed since."""
+    from ddpm_jax import checkpoint, parallel
+
+    state, meta = checkpoint.restore_state(folder, template)
+    say(f"resuming at step {state.step:,} from {folder}")
+    if meta["images"] != images:
+        raise errors.ConfigError(
+            f"the run had {meta['images']:,} images, the data now have {images:,}: its batches would be others; "
+            "put the data back or take another --workdir"
+        )
+    then = meta["versions"] | {"devices": meta["devices"]}
+    now = checkpoint.versions() | {"devices": parallel.describe()}
+    changed = [f"{name} {then.get(name)} is now {now[name]}" for name in now if then.get(name) != now[name]]
+    if changed:
+        say(f"not bit-exact from here on, only to rounding: {'; '.join(changed)}")
+    if parallel.is_first():
+        checkpoint.set_aside(folder, int(state.step))
+    parallel.agree(None)  # no process lists the folder before that is done
+    return state, meta["window"]
 
 
 def on_host(metrics):
