@@ -49,7 +49,8 @@ def main():
     from ddpm_jax import checkpoint, data, experiment, log, parallel
 
     jax.config.update("jax_enable_compilation_cache", False)
-    parallel.start(config.train.batch_size, args.platform, "off", args.cpu_devices)
+    accumulate = config.train.accumulate
+    parallel.start(config.train.batch_size, accumulate, args.platform, "off", args.cpu_devices)
     parallel.check_batch_size(config.train.batch_size, config.train.accumulate)
     log.note(parallel.describe())
     versions = checkpoint.versions() | {"python": sys.version.split()[0]}
@@ -218,7 +219,7 @@ def measure_sampling(parts, rounds, steps):
     from ddpm_jax import experiment, keys, parallel
 
     indices = np.arange(-(-IMAGES // jax.device_count()) * jax.device_count())
-    labels = indices % parts.config.model.num_classes if parts.config.model.num_classes else None
+    labels = experiment.labels_in_turn(parts, indices)
     index, label = parallel.shard((indices, labels))
     root = keys.root(parts.config.train.seed, "sample")
     params = parallel.replicate(jax.jit(parts.init)(root))
