@@ -30,7 +30,9 @@ class Args(options.Arguments):
     gif: bool = options.option(False, "also write a GIF of the first batch being denoised")
     overwrite: bool = options.option(False, "write into a folder that already holds samples")
     platform: str = options.option("auto", "what to run on", options.one_of("auto", "cpu", "gpu", "tpu"))
-    cpu_devices: int = options.option(0, "as how many devices a CPU is used; 0 for one a core", options.at_least(0))
+    cpu_devices: int = options.option(
+        0, "as how many devices a CPU is used; 0 for up to one a core", options.at_least(0)
+    )
     debug: bool = options.option(False, "show tracebacks")
 
 
@@ -100,16 +102,15 @@ def restore(folder, weights):
 
     from ddpm_jax import checkpoint, config, experiment
 
-    item = {"ema": "ema_params", "raw": "params"}[weights]
-
-    def parts_of(meta):
-        return experiment.make(config.from_json(json.dumps(meta["config"]), f"{folder}, meta"), meta["shape"])
+    item, parts = {"ema": "ema_params", "raw": "params"}[weights], None
 
     def expect(meta):
-        return {item: jax.eval_shape(parts_of(meta).init, jax.random.key(0))}
+        nonlocal parts
+        parts = experiment.make(config.from_json(json.dumps(meta["config"]), f"{folder}, meta"), meta["shape"])
+        return {item: jax.eval_shape(parts.init, jax.random.key(0))}
 
     meta, trees = checkpoint.load(folder, [item], expect)
-    return parts_of(meta), trees[item], meta["step"]
+    return parts, trees[item], meta["step"]
 
 
 def choose_labels(label, parts, indices):

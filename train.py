@@ -27,7 +27,9 @@ class Args(options.Arguments):
     dry_run: bool = options.option(False, "build, count, compile, take one step on made-up data, and leave")
     platform: str = options.option("auto", "what to run on", options.one_of("auto", "cpu", "gpu", "tpu"))
     distributed: str = options.option("auto", "several processes: auto, off or HOST:PORT,ID,COUNT")
-    cpu_devices: int = options.option(0, "as how many devices a CPU is used; 0 for one a core", options.at_least(0))
+    cpu_devices: int = options.option(
+        0, "as how many devices a CPU is used; 0 for up to one a core", options.at_least(0)
+    )
     debug: bool = options.option(False, "show tracebacks")
 
 

@@ -1,6 +1,8 @@
 """CelebA-HQ at 256x256 exactly as in Ho et al. 2020: 113.7M parameters, 500,000 steps of 64 images.
 
 Published speed: 2.2 steps a second on a TPU v3-8 (appendix B). The data set must be prepared by hand (see TFDS).
+
+One thing differs from their code: the average of the parameters warms up (training.ema_rate).
 """
 
 from ddpm_jax.config import Config, Data, Diffusion, Model, Train

@@ -2,6 +2,8 @@
 
 Published: FID 3.17 against the training set and 3.75 bits/dim (Table 1). A re-run in PyTorch (tqch/ddpm-torch) had the
 training loss .0295 and FID 9.16 after 46,800 steps: a check long before the end.
+
+One thing differs from their code: the average of the parameters warms up (training.ema_rate).
 """
 
 from ddpm_jax.config import Config, Data

@@ -2,6 +2,8 @@
 
 Published: FID 6.36. Church (tfds:lsun/church_outdoor) ran for 1.2 million steps, cat (tfds:lsun/cat) for 1.8 million
 and without mirroring.
+
+One thing differs from their code: the average of the parameters warms up (training.ema_rate).
 """
 
 from ddpm_jax.config import Config, Data, Diffusion, Model, Train

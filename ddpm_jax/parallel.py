@@ -52,7 +52,7 @@ def start(batch_size, accumulate=1, platform="auto", distributed="auto", cpu_dev
     except RuntimeError as error:
         raise ConfigError(f"no such platform here: {str(error).splitlines()[0]} (--platform={platform})") from error
     if platform not in ("auto", found):
-        raise ConfigError(f"platform={platform} is not available, JAX found {found}")
+        raise ConfigError(f"--platform={platform} is not available, JAX found {found}")
     wanted = [name for name in ("CUDA_VISIBLE_DEVICES", "TPU_NAME") if os.environ.get(name)]
     wanted += [path for path in ("/dev/nvidia0", "/dev/accel0") if os.path.exists(path)]
     if found == "cpu" and platform == "auto" and wanted:
