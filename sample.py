@@ -12,6 +12,9 @@ from pathlib import Path
 from ddpm_jax import errors, options
 from ddpm_jax.files import write_atomic
 
+WEIGHTS = "ema, raw or a number", lambda value: value in ("ema", "raw") or options.parses(float, value)
+PAIR = "two, with a comma between", lambda value: len(value) in (0, 2)
+
 
 @dataclasses.dataclass(frozen=True)
 class Args(options.Arguments):
@@ -22,12 +25,29 @@ class Args(options.Arguments):
     steps: int = options.option(0, "sampling steps; 0 for all T", options.at_least(0))
     spacing: str = options.option("trailing", "of the times, a name in ddpm_jax.schedules.SPACINGS")
     eta: float | None = options.option(None, "noise of the sampler ddim, from 0 to 1")
-    weights: str = options.option("ema", "averaged or plain parameters", options.one_of("ema", "raw"))
+    churn: float | None = options.option(None, "by how much the sampler edm raises the noise before a step")
+    variance: str | None = options.option(None, "of the sampler ddpm, a name in ddpm_jax.diffusion.VARIANCES")
+    limit: str = options.option("clip", "on x_0_hat, a name in ddpm_jax.diffusion.LIMITS")
+    weights: str = options.option(
+        "ema", "averaged or plain parameters, or the length (sigma_rel) of a post-hoc average", WEIGHTS
+    )
     label: int | None = options.option(None, "class of all images; without it each class in turn")
+    guidance: float = options.option(1.0, "scale of classifier-free guidance; 1 for none")
+    interval: tuple[float, ...] = options.option((), "LOW,HIGH: the times with guidance; empty for all", PAIR)
+    interpolate: tuple[str, ...] = options.option((), "two pictures, to be joined by --num images", PAIR)
+    level: float = options.option(
+        0.0, "the time at which --interpolate mixes; 0 for the middle one", options.at_least(0)
+    )
+    inpaint: str = options.option("", "a picture, to be painted anew where --mask is white")
+    mask: str = options.option("", "a picture of the same shape, black where --inpaint is kept")
+    jump: int = options.option(10, "steps that --inpaint goes back at a time", options.at_least(1))
+    repeats: int = options.option(5, "how often --inpaint takes each step", options.at_least(1))
+    reconstruct: str = options.option("", "a picture, to be encoded by the sampler ddim and decoded again")
     batch_size: int = options.option(64, "images at a time, over all devices", options.at_least(1))
     out: str = options.option("", "folder to write to; WORKDIR/out when empty")
     png: bool = options.option(False, "also write each image as a PNG")
     gif: bool = options.option(False, "also write a GIF of the first batch being denoised")
+    preview: bool = options.option(False, "let the GIF show x_0_hat instead of x_t")
     overwrite: bool = options.option(False, "write into a folder that already holds samples")
     platform: str = options.option("auto", "what to run on", options.one_of("auto", "cpu", "gpu", "tpu"))
     cpu_devices: int = options.option(
@@ -42,8 +62,8 @@ FRAMES = 40  # of the GIF
 def main():
     args = options.parse(Args, sys.argv[1:], "sample.py", __doc__)
     workdir = Path(args.workdir).expanduser()
-    folder, out = workdir / "checkpoints", Path(args.out or workdir / "out").expanduser()
-    if not folder.is_dir():
+    out = Path(args.out or workdir / "out").expanduser()
+    if not (workdir / "checkpoints").is_dir():
         raise errors.CheckpointError(
             f"there is no run in {workdir} (no folder checkpoints); train first, or see --workdir"
         )
@@ -60,17 +80,27 @@ def main():
     except OSError as error:
         raise errors.ConfigError(f"cannot write to --out={out}: {error.strerror}") from error
     parallel.start(args.batch_size, platform=args.platform, distributed="off", cpu_devices=args.cpu_devices)
-    parts, params, step = restore(folder, args.weights)
+    parts, params, step = experiment.restore(workdir, args.weights)
     steps = args.steps or parts.config.diffusion.T
     log.note(
         f"step {step:,} of {workdir}, {args.weights} weights, {args.sampler} with {steps} steps, {parallel.describe()}"
     )
-    indices, root = np.arange(args.num), keys.root(args.seed, "sample")
+    indices, root = np.arange(1 if args.reconstruct else args.num), keys.root(args.seed, "sample")
     labels = choose_labels(args.label, parts, indices)
-
-    given = {} if args.eta is None else {"eta": args.eta}
-    frames = FRAMES if args.gif else 1
-    generate = experiment.make_generate(parts, args.sampler, steps, args.spacing, frames, **given)
+    given = {name: getattr(args, name) for name in ("eta", "churn", "variance") if getattr(args, name) is not None}
+    generate = experiment.make_generate(
+        parts,
+        args.sampler,
+        steps,
+        args.spacing,
+        FRAMES if args.gif else 1,
+        args.preview,
+        args.limit,
+        args.guidance,
+        args.interval,
+        choose_edit(args, parts, root),
+        **given,
+    )
     params = parallel.replicate(params)
     clock, batches = time.monotonic(), []
     for batch in parallel.generate_batches(
@@ -78,7 +108,7 @@ def main():
     ):
         batches.append(batch)
         done, took = sum(map(len, batches)), time.monotonic() - clock
-        log.note(f"{done}/{args.num} images, {done / took:.1f} a second")
+        log.note(f"{done}/{len(indices)} images, {done / took:.1f} a second")
     samples = np.concatenate([batch[:, -1] for batch in batches])
 
     buffer = io.BytesIO()
@@ -94,25 +124,6 @@ def main():
     return 0
 
 
-def restore(folder, weights):
-    """(Experiment, parameters, step) of the newest whole checkpoint of a run."""
-    import json
-
-    import jax
-
-    from ddpm_jax import checkpoint, config, experiment
-
-    item, parts = {"ema": "ema_params", "raw": "params"}[weights], None
-
-    def expect(meta):
-        nonlocal parts
-        parts = experiment.make(config.from_json(json.dumps(meta["config"]), f"{folder}, meta"), meta["shape"])
-        return {item: jax.eval_shape(parts.init, jax.random.key(0))}
-
-    meta, trees = checkpoint.load(folder, [item], expect)
-    return parts, trees[item], meta["step"]
-
-
 def choose_labels(label, parts, indices):
     """One label an image, or None for a model without classes."""
     from ddpm_jax import experiment
@@ -124,6 +135,41 @@ def choose_labels(label, parts, indices):
         what = f"labels 0 to {classes - 1}" if classes else "no labels"
         raise errors.ConfigError(f"label={label}, but the model has {what}")
     return indices * 0 + label
+
+
+def choose_edit(args, parts, root):
+    """What --interpolate, --inpaint or --reconstruct put in the place of pure noise; None for none of them."""
+    from ddpm_jax import editing, keys
+
+    asked = [name for name in ("interpolate", "inpaint", "reconstruct") if getattr(args, name)]
+    if len(asked) > 1:
+        raise errors.ConfigError(f"--{asked[0]} and --{asked[1]} exclude each other")
+    if bool(args.inpaint) != bool(args.mask):
+        raise errors.ConfigError("--inpaint and --mask go together")
+    if args.interpolate:
+        level = args.level or parts.schedule.T / 2
+        if not 0 < level <= parts.schedule.T:
+            raise errors.ConfigError(f"--level={level:g} must be above 0 and at most {parts.schedule.T}")
+        pictures = [read(path, parts.shape) for path in args.interpolate]
+        return editing.interpolate(parts.schedule, level, keys.named(root, "pair"), *pictures, args.num)
+    if args.inpaint:
+        known, mask = read(args.inpaint, parts.shape), read(args.mask, parts.shape) < 0
+        return editing.inpaint(parts.schedule, known, mask, args.jump, args.repeats)
+    if args.reconstruct:
+        if args.sampler != "ddim" or args.eta:
+            raise errors.ConfigError("--reconstruct follows the deterministic way: say --sampler=ddim, and no --eta")
+        return editing.reconstruct(parts.schedule, read(args.reconstruct, parts.shape))
+    return None
+
+
+def read(path, shape):
+    """A picture file in the shape of the model's images, in [-1, 1]."""
+    from ddpm_jax import data, images
+
+    try:
+        return images.to_unit(data.read(path, shape[:2], shape[-1]))
+    except (OSError, ValueError) as error:
+        raise errors.DataError(f"{path} cannot be read: {error}") from error
 
 
 if __name__ == "__main__":

@@ -132,6 +132,8 @@ def train(parts, dataset, workdir, say):
                 window, busy, waited, logged = [], 0.0, 0.0, step
             if step % config.sample_every == 0 or step == last:
                 write_grid(state, step)
+            if config.averages and (step % config.average_every == 0 or step == last) and parallel.is_first():
+                store_averages(workdir, config.averages, state)
             if at_save or ending:
                 entries = {"config": dataclasses.asdict(parts.config), "shape": parts.shape, "window": window}
                 entries |= {"images": len(dataset.images), "devices": parallel.describe()}
@@ -170,6 +172,18 @@ def resume(folder, template, images, say):
         checkpoint.set_aside(folder, int(state.step))
     parallel.agree(None)  # no process lists the folder before that is done
     return state, meta["window"]
+
+
+def store_averages(workdir, lengths, state):
+    """Keep the power-function averages for good; one that cannot be written is missed with a warning."""
+    from ddpm_jax import averages
+
+    updates = int(state.step - state.skipped)
+    if updates:
+        try:
+            averages.save(workdir / "averages", updates, dict(zip(lengths, state.averages, strict=True)))
+        except errors.CheckpointError as error:
+            warnings.warn(f"{error}; training goes on", stacklevel=2)
 
 
 def on_host(metrics):

@@ -1,6 +1,6 @@
 """Checkpoints; no other file knows Orbax.
 
-A step is a folder with the items params, ema_params, opt_state and meta (JSON: counters, config, digests, versions).
+A step is a folder with an item for each part of the TrainState and meta (JSON: counters, config, digests, versions).
 It counts once its commit marker is written, so a crash while saving leaves the step before. Orbax does not notice
 damaged array data, so each item has a checksum of our own, and a damaged step gives way to the one before it.
 """
@@ -20,10 +20,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization
 
-from ddpm_jax import __version__
+from ddpm_jax import __version__, trees
 from ddpm_jax.errors import CheckpointError
 
-ARRAYS = ("params", "ema_params", "opt_state")
+ARRAYS = ("params", "ema_params", "opt_state", "times", "averages")  # those that are empty are left out
 COUNTERS = ("step", "skipped", "skipped_in_row")
 FORMAT = 1
 MARKER = "commit_success.txt"
@@ -70,22 +70,8 @@ def set_aside(folder, step):
             (Path(folder) / str(newer)).rename(target)
 
 
-def digest(tree):
-    """CRC-32 over the names, shapes, types and bytes of a tree's arrays."""
-    crc = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        leaf = np.asarray(leaf)
-        crc = zlib.crc32(f"{_name(path)} {leaf.dtype} {leaf.shape}".encode(), crc)
-        crc = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8), crc)
-    return crc
-
-
 def _digest_meta(meta):
     return zlib.crc32(json.dumps({**meta, "digests": None}, sort_keys=True).encode())
-
-
-def _name(path):
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def save(manager, state, **meta):
@@ -95,12 +81,12 @@ def save(manager, state, **meta):
     """
     state = jax.device_get(state)
     step = int(state.step)
-    items = {name: serialization.to_state_dict(getattr(state, name)) for name in ARRAYS}
+    items = {name: serialization.to_state_dict(getattr(state, name)) for name in _used(state)}
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
     meta |= {name: int(getattr(state, name)) for name in COUNTERS}
     meta |= {"format": FORMAT, "versions": versions()}
     meta = json.loads(json.dumps(meta))
-    meta["digests"] = {name: digest(items[name]) for name in ARRAYS} | {"meta": _digest_meta(meta)}
+    meta["digests"] = {name: trees.digest(tree) for name, tree in items.items()} | {"meta": _digest_meta(meta)}
     free = shutil.disk_usage(manager.directory).free
     if free < 1.1 * size:
         raise CheckpointError(
@@ -111,7 +97,7 @@ def save(manager, state, **meta):
         saved = manager.save(
             step,
             args=ocp.args.Composite(
-                meta=ocp.args.JsonSave(meta), **{name: ocp.args.PyTreeSave(items[name]) for name in ARRAYS}
+                meta=ocp.args.JsonSave(meta), **{name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
             ),
         )
     except Exception as error:  # Orbax raises whatever its file layer raises
@@ -120,6 +106,10 @@ def save(manager, state, **meta):
         raise CheckpointError(
             f"step {step} was not saved: {manager.directory} already holds step {steps(manager.directory)[-1]}"
         )
+
+
+def _used(state):
+    return [name for name in ARRAYS if jax.tree.leaves(getattr(state, name))]
 
 
 def finish(manager):
@@ -178,7 +168,7 @@ def _failed(manager, error):
     )
 
 
-def load(folder, items=ARRAYS, expect=None):
+def load(folder, items, expect=None):
     """(meta, {item: tree of NumPy arrays}) of the newest step that is whole.
 
     expect(meta) -> {item: tree of shapes}: what the model needs. Steps that are damaged are passed over with a warning.
@@ -223,7 +213,7 @@ def _restore(manager, step, name, shapes, meta):
         lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes, is_leaf=lambda x: hasattr(x, "shape")
     )
     tree = manager.restore(step, args=ocp.args.Composite(**{name: ocp.args.PyTreeRestore(restore_args=as_numpy)}))[name]
-    if digest(tree) != meta["digests"][name]:
+    if trees.digest(tree) != meta["digests"][name]:
         raise ValueError(f"the checksum of {name} differs")
     return tree
 
@@ -231,10 +221,10 @@ def _restore(manager, step, name, shapes, meta):
 def _compare(where, found, expected):
     """Raise CheckpointError naming up to ten arrays that differ in name, shape or type."""
 
-    def flat(trees):
-        trees = serialization.to_state_dict(trees)
-        leaves = jax.tree_util.tree_leaves_with_path(trees, is_leaf=lambda x: hasattr(x, "shape"))
-        return {_name(path): f"{np.dtype(leaf.dtype)}{list(leaf.shape)}" for path, leaf in leaves}
+    def flat(items):
+        items = serialization.to_state_dict(items)
+        leaves = jax.tree_util.tree_leaves_with_path(items, is_leaf=lambda x: hasattr(x, "shape"))
+        return {trees.name(path): f"{np.dtype(leaf.dtype)}{list(leaf.shape)}" for path, leaf in leaves}
 
     found, expected = flat(found), flat(expected)
     differ = [
@@ -249,10 +239,10 @@ def _compare(where, found, expected):
 
 def restore_state(folder, template):
     """(TrainState of NumPy arrays, meta) of the newest whole step that fits `template` (a TrainState of shapes)."""
-    expected = {name: getattr(template, name) for name in ARRAYS}
-    meta, items = load(folder, expect=lambda meta: expected)
-    trees = {name: serialization.from_state_dict(expected[name], items[name]) for name in ARRAYS}
-    return template._replace(**trees, **{name: np.int32(meta[name]) for name in COUNTERS}), meta
+    expected = {name: getattr(template, name) for name in _used(template)}
+    meta, items = load(folder, list(expected), lambda meta: expected)
+    parts = {name: serialization.from_state_dict(tree, items[name]) for name, tree in expected.items()}
+    return template._replace(**parts, **{name: np.int32(meta[name]) for name in COUNTERS}), meta
 
 
 def versions():

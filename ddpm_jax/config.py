@@ -79,7 +79,21 @@ class Diffusion(Section):
     T: int = option(1000, "number of diffusion steps", at_least(1))
     parameterization: str = option("eps", "what the network outputs, a name in ddpm_jax.diffusion.PARAMETERIZATIONS")
     weighting: str = option("simple", "weight of the loss over time, a name in ddpm_jax.diffusion.WEIGHTINGS")
-    variance: str = option("fixedlarge", "variance of a reverse step, a name in ddpm_jax.samplers.VARIANCES")
+    variance: str = option(
+        "fixedlarge", "variance of a reverse step, a name in ddpm_jax.diffusion.VARIANCES; learned by the hybrid loss"
+    )
+    betas: tuple[float, ...] = option((), "own betas, beta_1 to beta_T, in place of a discrete schedule's")
+    zero_terminal_snr: bool = option(False, "rescale the schedule to leave no signal at T (Lin et al. 2023)")
+    base_resolution: int = option(
+        0, "side of the images that the schedule is meant for: larger ones get more noise; 0 for any", at_least(0)
+    )
+    error: str = option("eps", "where the loss measures the error, a name in ddpm_jax.diffusion.ERRORS")
+    distance: str = option("l2", "of each pixel's error, a name in ddpm_jax.diffusion.DISTANCES")
+    time_sampling: str = option("uniform", "how t is drawn in training, a name in ddpm_jax.training.TIME_SAMPLINGS")
+    self_conditioning: bool = option(False, "show the network its own last x_0_hat (Chen et al. 2023)")
+    label_dropout: float = option(
+        0.0, "share of labels hidden in training, for classifier-free guidance", at_least(0), below(1)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +105,10 @@ class Train(Section):
     warmup_steps: int = option(5000, "steps over which the learning rate grows from 0", at_least(0))
     grad_clip: float = option(1.0, "largest global norm of the gradient; inf for no limit", above(0))
     ema_decay: float = option(0.9999, "decay of the averaged parameters after their warm-up", at_least(0), below(1))
+    averages: tuple[float, ...] = option(
+        (), "lengths (sigma_rel) of averages stored for post-hoc EMA, such as 0.05,0.1; none when empty"
+    )
+    average_every: int = option(10_000, "steps between two stored averages", at_least(1))
     max_skipped: int = option(10, "non-finite steps in a row after which the run ends", at_least(1))
     seed: int = option(0, "seed of everything random", at_least(0), ("below 2**32", lambda v: v < 2**32))
     log_every: int = option(100, "steps between two lines of metrics", at_least(1))
@@ -123,6 +141,7 @@ MAY_CHANGE = {
     "data.cache_dir",
     "data.data_dir",
     "data.max_unreadable",
+    "train.average_every",
     "train.checkpoint_every",
     "train.keep",
     "train.log_every",

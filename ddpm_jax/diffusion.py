@@ -41,6 +41,27 @@ def q_posterior(x_0, x_t, logsnr_t, logsnr_s):
     return mean, share * sigma_s**2
 
 
+def reverse_variance(logsnr_t, logsnr_s, nu):
+    """Variance of p(x_s | x_t): share sigma_s^(2 - 2 nu) sigma_t^(2 nu), 0 for the step to clean data.
+
+    nu = 0 is the variance of q_posterior (beta-tilde_t when s = t-1), nu = 1 the largest one that makes sense
+    (beta_t); between them it runs as Nichol & Dhariwal 2021, eq. 15 does: evenly in logarithms.
+    """
+    small, large = (jax.nn.sigmoid(-logsnr) for logsnr in (logsnr_s, logsnr_t))
+    variance = -jnp.expm1(logsnr_t - logsnr_s) * small ** (1 - nu) * large**nu
+    return jnp.where(logsnr_s < jnp.inf, variance, 0.0)
+
+
+# Where the variance of a reverse step lies: (prediction, whether s is clean data) -> x_0_hat, nu. The paper uses
+# fixedlarge for CIFAR-10 and fixedsmall for CelebA-HQ and LSUN (section 3.2); at the last step, where only the decoder
+# of the likelihood asks, its code takes the small one for both.
+VARIANCES = {
+    "fixedsmall": lambda x_0_hat, last: (x_0_hat, 0.0),
+    "fixedlarge": lambda x_0_hat, last: (x_0_hat, jnp.where(last, 0.0, 1.0)),
+    "learned": lambda prediction, last: prediction,  # of make_denoiser_with_variance
+}
+
+
 class Parameterization(NamedTuple):
     """What the network's output means."""
 
@@ -76,9 +97,22 @@ PARAMETERIZATIONS = {
 }
 
 
+# In which space the error is measured: in eps, where one denoiser has the same loss whatever its network puts out, or
+# in the output itself, which is plain regression and also teaches times without any signal.
+ERRORS = {
+    "eps": lambda parameterization: parameterization,
+    "output": lambda parameterization: parameterization._replace(eps_error=lambda error, logsnr: error),
+}
+
+
 def simple(schedule, t):
     """L_simple (eq. 14): every time counts the same."""
     return 1.0
+
+
+def vlb(schedule, t):
+    """Eq. 12 with fixedsmall: the bound itself, in nats per dimension; on a continuous schedule the VDM objective."""
+    return schedule.rate(t) / 2
 
 
 def min_snr(schedule, t, gamma=5.0):
@@ -91,24 +125,36 @@ def p2(schedule, t, k=1.0, gamma=1.0):
     return (k + jnp.exp(schedule.logsnr(t))) ** -gamma
 
 
-WEIGHTINGS = {"simple": simple, "min_snr": min_snr, "p2": p2}  # (schedule, t) -> weight of the squared eps error
+WEIGHTINGS = {"simple": simple, "vlb": vlb, "min_snr": min_snr, "p2": p2}  # (schedule, t) -> weight of the error
 
 
-def make_loss(net, schedule, parameterization, weight):
+def huber(error):
+    """Half the square up to 1, growing as |error| beyond."""
+    size = jnp.abs(error)
+    return jnp.where(size < 1, error**2 / 2, size - 0.5)
+
+
+DISTANCES = {"l2": jnp.square, "l1": jnp.abs, "huber": huber}  # of each pixel's error
+
+
+def make_loss(net, schedule, parameterization, weight, distance=jnp.square, extra=lambda *_: 0.0):
     """Algorithm 1, lines 2 to 5, for one image: loss(params, key, x_0, label=None, u=None) -> scalar.
 
-    net: (params, x_t, t, key, label) -> output; parameterization: an entry of PARAMETERIZATIONS;
-    weight: an entry of WEIGHTINGS. x_0 is (H, W, C) in [-1, 1]. u in [0, 1) is where t lies among all times,
-    drawn from `key` when not given.
+    net: (params, x_t, t, key, label) -> output; parameterization: an entry of PARAMETERIZATIONS; weight: an entry of
+    WEIGHTINGS; distance: an entry of DISTANCES; extra(output, x_0, x_t, t) is added. x_0 is (H, W, C) in [-1, 1].
+    u in [0, 1) is where t lies among all times, drawn from `key` when not given. Of an output that has more channels
+    than the image, only the first C are the prediction.
     """
 
     def loss(params, key, x_0, label=None, u=None):
         t = schedule.time_at(draw_u(key) if u is None else u)
         logsnr = schedule.logsnr(t)
         eps = jax.random.normal(named(key, "eps"), x_0.shape)
-        output = net(params, q_sample(x_0, eps, logsnr), t, named(key, "dropout"), label)
-        error = parameterization.eps_error(output - parameterization.target(x_0, eps, logsnr), logsnr)
-        return weight(schedule, t) * jnp.mean(error**2)
+        x_t = q_sample(x_0, eps, logsnr)
+        output = net(params, x_t, t, named(key, "dropout"), label)
+        error = output[..., : x_0.shape[-1]] - parameterization.target(x_0, eps, logsnr)
+        value = weight(schedule, t) * jnp.mean(distance(parameterization.eps_error(error, logsnr)))
+        return value + extra(output, x_0, x_t, t)
 
     return loss
 
@@ -118,15 +164,39 @@ def draw_u(key):
     return jax.random.uniform(named(key, "t"))
 
 
-def make_denoiser(net, schedule, parameterization, params, label=None):
-    """predict(x_t, t) -> x_0_hat (eq. 15), what every sampler asks for."""
+# Limits: x_0_hat -> x_0_hat within the range of images.
 
-    def predict(x_t, t):
-        return parameterization.x_0(net(params, x_t, t, label=label), x_t, schedule.logsnr(t))
+
+def clip(x_0_hat):
+    """To [-1, 1], as in the paper's code."""
+    return jnp.clip(x_0_hat, -1.0, 1.0)
+
+
+def dynamic_threshold(x_0_hat, percentile=99.5):
+    """Saharia et al. 2022, section 2.3: what exceeds the percentile of |x_0_hat| is cut, and that is scaled to 1."""
+    largest = jnp.maximum(1.0, jnp.percentile(jnp.abs(x_0_hat), percentile))
+    return jnp.clip(x_0_hat, -largest, largest) / largest
+
+
+LIMITS = {"clip": clip, "dynamic": dynamic_threshold, "none": lambda x_0_hat: x_0_hat}
+
+
+def make_denoiser_with_variance(net, schedule, parameterization, params, label=None, limit=LIMITS["none"]):
+    """predict(x_t, t) -> x_0_hat, nu, for an output of 2C channels, the second half v = 2 nu - 1.
+
+    nu is that of reverse_variance (Nichol & Dhariwal 2021).
+    An estimate of x_0 as a third argument goes to the network beside x_t (self-conditioning).
+    """
+
+    def predict(x_t, t, *estimate):
+        output = net(params, jnp.concatenate([x_t, *estimate], -1), t, label=label)
+        output, v = jnp.split(output, [x_t.shape[-1]], -1)
+        return limit(parameterization.x_0(output, x_t, schedule.logsnr(t))), (v + 1) / 2
 
     return predict
 
 
-def clipped(predict, low=-1.0, high=1.0):
-    """`predict` with x_0_hat clipped to the range of images, as in the paper's code."""
-    return lambda x_t, t: jnp.clip(predict(x_t, t), low, high)
+def make_denoiser(net, schedule, parameterization, params, label=None, limit=LIMITS["none"]):
+    """predict(x_t, t) -> x_0_hat (eq. 15), what every sampler asks for; see make_denoiser_with_variance."""
+    predict = make_denoiser_with_variance(net, schedule, parameterization, params, label, limit)
+    return lambda x_t, t, *estimate: predict(x_t, t, *estimate)[0]

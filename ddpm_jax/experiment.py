@@ -1,52 +1,110 @@
 """From a Config to the parts of a run. Only this file and the scripts see a Config; all others take plain values."""
 
-import warnings
+import json
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 
-from ddpm_jax import diffusion, keys, samplers, schedules, training, unet
-from ddpm_jax.config import Config
+from ddpm_jax import (
+    averages,
+    checkpoint,
+    conditioning,
+    diffusion,
+    keys,
+    likelihood,
+    samplers,
+    schedules,
+    training,
+    unet,
+)
+from ddpm_jax.config import Config, from_json
 from ddpm_jax.errors import ConfigError
+from ddpm_jax.schedules.report import warn_of_signal
 
 
 class Experiment(NamedTuple):
     config: Config
     shape: tuple[int, int, int]  # of one image
-    schedule: schedules.DiscreteSchedule
+    schedule: schedules.DiscreteSchedule | schedules.ContinuousSchedule
     parameterization: diffusion.Parameterization
-    weight: Callable  # an entry of diffusion.WEIGHTINGS
     init: Callable  # key -> params
-    net: Callable
+    net: Callable  # the bare network
 
 
 def make(config, shape):
     """The network and the process that `config` describes, for images of `shape` (H, W, C).
 
-    Raises ConfigError for any name in it that does not exist, and warns when x_T keeps a part of the image.
+    Raises ConfigError for any name in it that does not exist or that does not go with another, and warns when x_T
+    keeps a part of the image.
     """
     names, shape = config.diffusion, tuple(shape)
-    schedule = schedules.from_betas(_choose(schedules.SCHEDULES, names.schedule, "diffusion.schedule")(names.T))
-    left = float(diffusion.alpha_sigma(schedule.logsnr(schedule.T))[0] ** 2)
-    if left > 1e-3:
-        warnings.warn(
-            f"x_T keeps {left:.1%} of the image's variance, but sampling starts from pure noise; take a larger "
-            "diffusion.T or diffusion.schedule=cosine",
-            stacklevel=2,
+    _check(config)
+    schedule = schedules.make_schedule(
+        names.schedule, names.T, names.betas, names.zero_terminal_snr, max(shape[:2]), names.base_resolution
+    )
+    _check_signal(names, schedule)
+    init, net = unet.make_unet(
+        shape, names.variance == "learned", names.self_conditioning, schedule.time_scale, **vars(config.model)
+    )
+    parameterization = diffusion.PARAMETERIZATIONS[names.parameterization]
+    return Experiment(config, shape, schedule, parameterization, init, net)
+
+
+def _check(config):
+    names = config.diffusion
+    for table, name, field in (
+        (diffusion.PARAMETERIZATIONS, names.parameterization, "diffusion.parameterization"),
+        (diffusion.WEIGHTINGS, names.weighting, "diffusion.weighting"),
+        (diffusion.VARIANCES, names.variance, "diffusion.variance"),
+        (diffusion.ERRORS, names.error, "diffusion.error"),
+        (diffusion.DISTANCES, names.distance, "diffusion.distance"),
+        (training.TIME_SAMPLINGS, names.time_sampling, "diffusion.time_sampling"),
+        (samplers.SAMPLERS, config.train.sampler, "train.sampler"),
+    ):
+        if name not in table:
+            raise ConfigError(f"{field}={name} is not one of {', '.join(table)}")
+    if names.error == "output" and names.weighting != "simple":
+        raise ConfigError(
+            f"diffusion.weighting={names.weighting} weights the error in eps; diffusion.error=output goes with simple"
         )
-    parameterization = _choose(diffusion.PARAMETERIZATIONS, names.parameterization, "diffusion.parameterization")
-    weight = _choose(diffusion.WEIGHTINGS, names.weighting, "diffusion.weighting")
-    init, net = unet.make_unet(shape, **vars(config.model))
-    _choose(samplers.VARIANCES, names.variance, "diffusion.variance")
-    _choose(samplers.SAMPLERS, config.train.sampler, "train.sampler")
-    return Experiment(config, shape, schedule, parameterization, weight, init, net)
+    if names.variance == "learned" and names.schedule in schedules.CURVES:
+        raise ConfigError(f"diffusion.variance=learned needs a discrete schedule, {names.schedule} is continuous")
+    if names.label_dropout and not config.model.num_classes:
+        raise ConfigError(f"diffusion.label_dropout={names.label_dropout}, but model.num_classes=0")
+    for length in config.train.averages:
+        averages.gamma(length)
 
 
-def _choose(table, name, field):
-    if name not in table:
-        raise ConfigError(f"{field}={name} is not one of {', '.join(table)}")
-    return table[name]
+def _check_signal(names, schedule):
+    """Where x_T is pure noise, eps says nothing of the image and an error in eps weighs nothing."""
+    if schedule.logsnr(schedule.T) > -float("inf"):
+        warn_of_signal(schedule)
+    elif names.parameterization == "eps" or names.error == "eps":
+        raise ConfigError(
+            f"the schedule leaves no signal at T, where diffusion.parameterization={names.parameterization} with "
+            f"diffusion.error={names.error} teaches nothing; take v or x_0 with diffusion.error=output"
+        )
+
+
+def restore(workdir, weights):
+    """(Experiment, parameters, step) of the newest whole checkpoint of a run.
+
+    weights: "ema", "raw", or the sigma_rel of an average of that length, put together from the stored ones.
+    """
+    folder, parts = workdir / "checkpoints", None
+    items = {"ema": ["ema_params"], "raw": ["params"]}.get(weights, [])
+
+    def expect(meta):
+        nonlocal parts
+        parts = make(from_json(json.dumps(meta["config"]), f"{folder}, meta"), meta["shape"])
+        return {item: jax.eval_shape(parts.init, jax.random.key(0)) for item in items}
+
+    meta, trees = checkpoint.load(folder, items, expect)
+    if items:
+        return parts, trees[items[0]], meta["step"]
+    template = jax.eval_shape(parts.init, jax.random.key(0))
+    return parts, averages.reconstruct(workdir / "averages", template, float(weights)), meta["step"]
 
 
 def parameter_count(experiment):
@@ -64,27 +122,86 @@ def learning_rate(experiment):
     return training.warm_up(experiment.config.train.learning_rate, experiment.config.train.warmup_steps)
 
 
+def image_net(experiment):
+    """The network of (H, W, C), one that conditions on itself asking itself first."""
+    if not experiment.config.diffusion.self_conditioning:
+        return experiment.net
+    return conditioning.self_conditioning(experiment.net, experiment.schedule, experiment.parameterization)
+
+
 def make_training(experiment):
     """(init_state, train_step): init_state() -> TrainState; train_step is still to be mapped over devices."""
-    config = experiment.config
+    config, names, schedule = experiment.config, experiment.config.diffusion, experiment.schedule
     optimizer = training.make_optimizer(learning_rate(experiment), config.train.grad_clip)
-    loss = diffusion.make_loss(experiment.net, experiment.schedule, experiment.parameterization, experiment.weight)
+    parameterization = diffusion.ERRORS[names.error](experiment.parameterization)
+    net = image_net(experiment)
+    if names.label_dropout:
+        net = conditioning.label_dropout(net, names.label_dropout, config.model.num_classes)
+    options = {"distance": diffusion.DISTANCES[names.distance]}
+    if names.variance == "learned":
+        options["extra"] = likelihood.make_variance_loss(schedule, parameterization)
+    loss = diffusion.make_loss(net, schedule, parameterization, diffusion.WEIGHTINGS[names.weighting], **options)
+    time_sampling = training.TIME_SAMPLINGS[names.time_sampling]
     step = training.make_train_step(
-        loss, optimizer, config.train.ema_decay, flip=config.data.flip, accumulate=config.train.accumulate
+        loss,
+        optimizer,
+        config.train.ema_decay,
+        flip=config.data.flip,
+        accumulate=config.train.accumulate,
+        time_sampling=time_sampling,
+        lengths=config.train.averages,
     )
     root = keys.root(config.train.seed, "init")
-    return jax.jit(lambda: training.init_state(experiment.init(root), optimizer)), step
+
+    def init_state():
+        return training.init_state(experiment.init(root), optimizer, time_sampling, config.train.averages)
+
+    return jax.jit(init_state), step
 
 
-def make_generate(experiment, sampler, steps, spacing="trailing", frames=1, **options):
-    """`samplers.make_generate` with this experiment's network and variance; `options` are the sampler's own."""
-    defaults = {"variance": experiment.config.diffusion.variance}
-    return samplers.make_generate(
-        experiment.net,
-        experiment.schedule,
-        experiment.parameterization,
-        samplers.make_sampler(sampler, experiment.schedule, defaults, **options),
-        experiment.schedule.times(steps, spacing),
-        experiment.shape,
-        frames,
-    )
+def make_generate(
+    experiment,
+    sampler,
+    steps,
+    spacing="trailing",
+    frames=1,
+    preview=False,
+    limit="clip",
+    guidance=1.0,
+    interval=(),
+    edit=None,
+    **options,
+):
+    """`samplers.make_generate` with this experiment's network and variance; `options` are the sampler's own.
+
+    preview: the frames show x_0_hat instead of x_t; limit: a name in diffusion.LIMITS; guidance, interval: the scale
+    and the times of classifier-free guidance; edit: (sampler, times) -> (sampler, times, start) of another start or way
+    than from pure noise.
+    """
+    names, schedule, net = experiment.config.diffusion, experiment.schedule, experiment.net
+    if limit not in diffusion.LIMITS:
+        raise ConfigError(f"limit={limit} is not one of {', '.join(diffusion.LIMITS)}")
+    if options.get("variance") == "learned" != names.variance:
+        raise ConfigError("variance=learned, but the model has not learned one")
+    if guidance != 1:
+        if not names.label_dropout:
+            raise ConfigError(f"guidance={guidance:g} needs a model trained with diffusion.label_dropout")
+        net = conditioning.guided(net, guidance, experiment.config.model.num_classes, *interval)
+    sampler = samplers.make_sampler(sampler, schedule, {"variance": names.variance}, **options)
+    make_denoiser = diffusion.make_denoiser_with_variance if sampler.asks_variance else diffusion.make_denoiser
+
+    def denoiser(params, label):
+        return make_denoiser(net, schedule, experiment.parameterization, params, label, diffusion.LIMITS[limit])
+
+    if names.self_conditioning:
+        sampler = samplers.self_conditioned(sampler)
+    elif preview:
+        sampler = samplers.with_preview(sampler)
+    times = schedule.times(steps, spacing)
+    sampler, times, start = edit(sampler, times) if edit else (sampler, times, _from_noise(experiment.shape))
+    view = (lambda x, memory: memory[1]) if preview else (lambda x, memory: x)
+    return samplers.make_generate(denoiser, sampler, times, start, frames, view)
+
+
+def _from_noise(shape):
+    return lambda predict, key, index: samplers.pure_noise(key, shape)

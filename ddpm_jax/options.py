@@ -102,11 +102,11 @@ def from_text(kind, text, name):
     """The value of type `kind` that `text` stands for; ConfigError with the option's `name` when it stands for none."""
     if isinstance(kind, types.UnionType):
         for part in typing.get_args(kind):
-            if part is not types.NoneType and (part is str or _parses(part, text)):
+            if part is not types.NoneType and (part is str or parses(part, text)):
                 return from_text(part, text, name)
     elif typing.get_origin(kind) is tuple:
         part, pieces = typing.get_args(kind)[0], [piece for piece in text.split(",") if piece]
-        if all(_parses(part, piece) for piece in pieces):
+        if all(parses(part, piece) for piece in pieces):
             return tuple(from_text(part, piece, name) for piece in pieces)
     elif kind is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
@@ -120,7 +120,8 @@ def from_text(kind, text, name):
     raise ConfigError(f"{name}={text} is not {_describe(kind)}")
 
 
-def _parses(kind, text):
+def parses(kind, text):
+    """Whether `text` stands for a value of type `kind`."""
     try:
         from_text(kind, text, "")
     except ConfigError:

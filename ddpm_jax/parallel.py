@@ -144,3 +144,23 @@ def generate_batches(generate, params, root, indices, labels=None, batch_size=64
         if bad.any():
             raise Diverged(f"sample {indices[rows[:keep]][bad][0]} is not finite; nothing was written for it")
         yield images.reshape(-1, *images.shape[2:])[:keep]
+
+
+def pmap_rows(measure):
+    """`measure`(params, root, row) over this process's devices and the rows of each; a row is a tree of arrays."""
+    batched = jax.vmap(measure, (None, None, 0))
+    return jax.pmap(batched, axis_name=AXIS, in_axes=(None, None, 0), devices=jax.local_devices())
+
+
+def measure_batches(measure, params, root, rows, batch_size=64):
+    """What a pmapped `measure` makes of `rows`, a tree of arrays (n, ...), one tree of arrays (b, ...) after another.
+
+    The batch is rounded up to the devices, the last one filled up and cut off again: one shape, one compilation.
+    """
+    devices, n = jax.local_device_count(), len(jax.tree.leaves(rows)[0])
+    batch_size = -(-min(batch_size, n) // devices) * devices
+    for start in range(0, n, batch_size):
+        take, keep = np.arange(start, start + batch_size) % n, n - start
+        part = shard(jax.tree.map(lambda x, take=take: x[take], rows))
+        found = jax.device_get(measure(params, root, part))
+        yield jax.tree.map(lambda x, keep=keep: x.reshape(-1, *x.shape[2:])[:keep], found)

@@ -5,7 +5,7 @@ A Sampler has optax's shape, two pure functions:
     init(x_T) -> memory                                         what it carries from step to step
     step(predict, key, x_t, t, s, memory) -> x_s, memory        from time t to s < t; predict(x_t, t) -> x_0_hat
 
-Clipping and guidance wrap `predict`; a sampler never knows of them.
+Clipping and guidance wrap the network or `predict`; a sampler never knows of them.
 """
 
 import inspect
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ddpm_jax.diffusion import alpha_sigma, clipped, make_denoiser, q_posterior
+from ddpm_jax.diffusion import VARIANCES, alpha_sigma, q_posterior, reverse_variance
 from ddpm_jax.errors import ConfigError
 from ddpm_jax.images import to_uint8
 from ddpm_jax.keys import named
@@ -26,39 +26,33 @@ from ddpm_jax.keys import named
 class Sampler(NamedTuple):
     init: Callable
     step: Callable
+    asks_variance: bool = False  # whether predict has to be one of diffusion.make_denoiser_with_variance
 
 
 def no_memory(x_T):
     return ()
 
 
-# Where the variance of a reverse step lies between beta-tilde_t (0) and beta_t (1), in logarithms; the paper uses
-# fixedlarge for CIFAR-10 and fixedsmall for CelebA-HQ and LSUN (section 3.2).
-VARIANCES = {"fixedsmall": 0.0, "fixedlarge": 1.0}
-
-
 def ddpm(schedule, variance="fixedsmall"):
     """Ancestral sampling (Algorithm 2): x_s from the Gaussian with the mean of q(x_s | x_t, x_0_hat).
 
-    The variance is share * sigma_s^(2 - 2 nu) * sigma_t^(2 nu); between neighbouring times nu = 0 is beta-tilde_t
-    and nu = 1 is beta_t. The step to clean data adds no noise.
+    variance: an entry of diffusion.VARIANCES. The step to clean data adds no noise.
     """
-    nu = VARIANCES[variance]
 
     def step(predict, key, x_t, t, s, memory):
         logsnr_t, logsnr_s = schedule.logsnr(t), schedule.logsnr(s)
-        mean, small = q_posterior(predict(x_t, t), x_t, logsnr_t, logsnr_s)
-        large = -jnp.expm1(logsnr_t - logsnr_s) * alpha_sigma(logsnr_t)[1] ** 2
-        scale = jnp.sqrt(small ** (1 - nu) * large**nu) * (logsnr_s < jnp.inf)
+        x_0_hat, nu = VARIANCES[variance](predict(x_t, t), logsnr_s == jnp.inf)
+        mean, _ = q_posterior(x_0_hat, x_t, logsnr_t, logsnr_s)
+        scale = jnp.sqrt(reverse_variance(logsnr_t, logsnr_s, nu))
         return mean + scale * jax.random.normal(key, x_t.shape), memory
 
-    return Sampler(no_memory, step)
+    return Sampler(no_memory, step, variance == "learned")
 
 
 def ddim(schedule, eta=0.0):
     """Song, Meng & Ermon 2020, eqs. 12 and 16: deterministic at eta = 0, the ancestral sampler at eta = 1.
 
-    eps_hat is taken from x_0_hat, so that it also agrees with a clipped one.
+    eps_hat is taken from x_0_hat, so that it also agrees with a clipped one. At eta = 0 a step may also go up, s > t.
     """
     if not 0 <= eta <= 1:
         raise ConfigError(f"eta={eta} must be from 0 to 1")
@@ -70,7 +64,7 @@ def ddim(schedule, eta=0.0):
         x_0_hat = predict(x_t, t)
         eps_hat = (x_t - alpha_t * x_0_hat) / sigma_t
         noise = jax.random.normal(key, x_t.shape)
-        kept, fresh = jnp.sqrt(1 - eta**2 * share), eta * jnp.sqrt(share)
+        kept, fresh = jnp.sqrt(1 - eta**2 * share), eta * jnp.sqrt(jnp.maximum(share, 0))
         return alpha_s * x_0_hat + sigma_s * (kept * eps_hat + fresh * noise), memory
 
     return Sampler(no_memory, step)
@@ -99,11 +93,40 @@ def dpmpp_2m(schedule):
     return Sampler(init, step)
 
 
+def dpmpp_3m(schedule):
+    """DPM-Solver++ of third order, multistep (Lu et al. 2022, eq. 4.2 with k = 3), one call of the network a step.
+
+    The x_0_hat of the last three times, a parabola over half the log-SNR, is integrated exactly. The first step and
+    the one to clean data are of first order, the second step of second.
+    """
+
+    def init(x_T):
+        return (jnp.zeros_like(x_T), jnp.zeros_like(x_T)), (jnp.inf, jnp.inf)
+
+    def step(predict, key, x_t, t, s, memory):
+        (last, before), (h_1, h_2) = memory
+        logsnr_t, logsnr_s = schedule.logsnr(t), schedule.logsnr(s)
+        (_, sigma_t), (alpha_s, sigma_s) = alpha_sigma(logsnr_t), alpha_sigma(logsnr_s)
+        h = (logsnr_s - logsnr_t) / 2
+        x_0_hat = predict(x_t, t)
+        slope_1, slope_2 = (x_0_hat - last) / h_1, (last - before) / h_2
+        bend = (slope_1 - slope_2) / (h_1 + h_2)
+        slope = slope_1 + jnp.where(jnp.isfinite(h_2), h_1 * bend, 0.0)
+        level = -jnp.expm1(-h)  # integrals of exp(u - h), u exp(u - h) and u^2 exp(u - h) / 2 over u in 0..h
+        finite = jnp.where(jnp.isfinite(h), h, 0.0)
+        linear = finite + jnp.expm1(-finite)
+        square = finite**2 / 2 - linear
+        x_s = sigma_s / sigma_t * x_t + alpha_s * (level * x_0_hat + linear * slope + 2 * square * bend)
+        return x_s, ((x_0_hat, last), (h, h_1))
+
+    return Sampler(init, step)
+
+
 def heun(schedule):
     """Heun's second-order step of the probability-flow ODE (Karras et al. 2022, algorithm 1), two calls a step.
 
     Over the noise level n = sigma / alpha the ODE of y = x / alpha is dy/dn = eps_hat, so that Euler's step is DDIM's.
-    The correction takes the mean of both ends' eps_hat; the step to clean data has none.
+    The correction takes the mean of both ends' eps_hat; steps to clean data and from pure noise have none.
     """
 
     def step(predict, key, x_t, t, s, memory):
@@ -117,12 +140,35 @@ def heun(schedule):
             eps_hat_s = (euler - alpha_s * predict(euler, s)) / sigma_s
             return (sigma_s - alpha_s * sigma_t / alpha_t) * (eps_hat_s - eps_hat) / 2
 
-        return euler + lax.cond(sigma_s > 0, correction, lambda: jnp.zeros_like(euler)), memory
+        return euler + lax.cond((sigma_s > 0) & (alpha_t > 0), correction, lambda: jnp.zeros_like(euler)), memory
 
     return Sampler(no_memory, step)
 
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpmpp_2m": dpmpp_2m, "heun": heun}
+def edm(schedule, churn=0.1, noise=1.007, low=0.01, high=1.0):
+    """Karras et al. 2022, algorithm 2: Heun's step after the noise level has been raised by fresh noise.
+
+    Where n = sigma / alpha lies between `low` and `high`, it is raised to (1 + churn) n, or for a discrete schedule to
+    the time next to that, by noise of standard deviation `noise`. churn is the paper's S_churn / N, at most
+    sqrt(2) - 1; the defaults are its values for the VP CIFAR-10 model.
+    """
+    if not 0 <= churn <= 0.4143:
+        raise ConfigError(f"churn={churn} must be from 0 to sqrt(2) - 1")
+    flow = heun(schedule)
+
+    def step(predict, key, x_t, t, s, memory):
+        logsnr = schedule.logsnr(t)
+        level = jnp.exp(-logsnr / 2)
+        raised = jnp.where((level >= low) & (level <= high), schedule.time_of(logsnr - 2 * jnp.log1p(churn)), t)
+        (alpha, sigma), (alpha_up, sigma_up) = (alpha_sigma(schedule.logsnr(time)) for time in (t, raised))
+        added = jnp.sqrt(jnp.maximum(sigma_up**2 - (alpha_up / alpha * sigma) ** 2, 0))
+        x_up = alpha_up / alpha * x_t + noise * added * jax.random.normal(key, x_t.shape)
+        return flow.step(predict, key, jnp.where(raised > t, x_up, x_t), jnp.maximum(raised, t), s, memory)
+
+    return Sampler(no_memory, step)
+
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpmpp_2m": dpmpp_2m, "dpmpp_3m": dpmpp_3m, "heun": heun, "edm": edm}
 
 
 def make_sampler(name, schedule, defaults=(), **options):
@@ -139,18 +185,55 @@ def make_sampler(name, schedule, defaults=(), **options):
     return SAMPLERS[name](schedule, **{k: v for k, v in dict(defaults).items() if k in has} | options)
 
 
+def with_preview(sampler):
+    """`sampler` with the last x_0_hat kept: its memory is (its own, x_0_hat)."""
+
+    def init(x_T):
+        return sampler.init(x_T), jnp.zeros_like(x_T)
+
+    def step(predict, key, x_t, t, s, memory):
+        prediction = predict(x_t, t)
+
+        def remember(x, time):  # the sampler's first question has been answered already
+            return prediction if x is x_t and time is t else predict(x, time)
+
+        x_s, own = sampler.step(remember, key, x_t, t, s, memory[0])
+        return x_s, (own, jax.tree.leaves(prediction)[0])
+
+    return Sampler(init, step, sampler.asks_variance)
+
+
+def self_conditioned(sampler):
+    """`sampler` for a network that is also shown its last x_0_hat (Chen et al. 2023): predict(x_t, t, x_0_hat).
+
+    Its memory is that of with_preview.
+    """
+    inner = with_preview(sampler)
+
+    def step(predict, key, x_t, t, s, memory):
+        return inner.step(lambda x, time: predict(x, time, memory[1]), key, x_t, t, s, memory)
+
+    return inner._replace(step=step)
+
+
+def pure_noise(key, shape):
+    """x_T of the image that `key` belongs to."""
+    return jax.random.normal(named(key, "x_T"), shape)
+
+
 def sample(predict, sampler, times, key, shape):
     """x_0 of one image (Algorithm 2) by one scan over the pairs (t, s) of neighbouring `times`.
 
     times: falling, from the time of pure noise to 0, (n + 1,); shape: (H, W, C). The picture is a function of `key`.
     """
-    return sample_path(predict, sampler, times, key, shape, frames=1)[-1]
+    return follow(predict, sampler, times, key, pure_noise(key, shape))[0][-1]
 
 
-def sample_path(predict, sampler, times, key, shape, frames):
-    """x at `frames` moments evenly spread over the reverse process, (frames, H, W, C); the last is x_0.
+def follow(predict, sampler, times, key, x, frames=1, view=lambda x, memory: x):
+    """(path, memory) of a sampler from `x` at times[0] through all `times`; the one loop over time there is.
 
-    There are no more frames than steps.
+    path: `view` of (x, memory) at `frames` moments evenly spread over the way, the last of them the end,
+    (frames, ...). There are no more frames than steps.
     """
     times, n = jnp.asarray(times), len(times) - 1
     frames = min(frames, n)
@@ -160,24 +243,25 @@ def sample_path(predict, sampler, times, key, shape, frames):
         x, memory, path = carry
         i, slot, t, s = at
         x, memory = sampler.step(predict, jax.random.fold_in(named(key, "step"), i), x, t, s, memory)
-        return (x, memory, path.at[slot].set(x)), None
+        return (x, memory, path.at[slot].set(view(x, memory))), None
 
-    x_T = jax.random.normal(named(key, "x_T"), shape)
-    start = (x_T, sampler.init(x_T), jnp.zeros((frames, *shape)))
-    return lax.scan(body, start, (np.arange(n), slots, times[:-1], times[1:]))[0][2]
+    memory = sampler.init(x)
+    start = (x, memory, jnp.zeros((frames, *jnp.shape(view(x, memory))), x.dtype))
+    (_, memory, path), _ = lax.scan(body, start, (np.arange(n), slots, times[:-1], times[1:]))
+    return path, memory
 
 
-def make_generate(net, schedule, parameterization, sampler, times, shape, frames=1):
+def make_generate(denoiser, sampler, times, start, frames=1, view=lambda x, memory: x):
     """generate(params, root, index, label=None) -> image `index` of the stream `root`.
 
+    denoiser: (params, label) -> predict; start: (predict, key, index) -> x at times[0]; frames, view: as in `follow`.
     uint8 (frames, H, W, C): pictures along the reverse process of which the last is the sample; and whether all of
     their values were finite, which uint8 cannot show.
     """
 
     def generate(params, root, index, label=None):
-        predict = make_denoiser(net, schedule, parameterization, params, label)
-        key = jax.random.fold_in(root, index)
-        path = sample_path(clipped(predict), sampler, times, key, shape, frames)
+        key, predict = jax.random.fold_in(root, index), denoiser(params, label)
+        path, _ = follow(predict, sampler, times, key, start(predict, key, index), frames, view)
         return to_uint8(path), jnp.all(jnp.isfinite(path))
 
     return generate

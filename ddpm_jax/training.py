@@ -1,5 +1,6 @@
 """Learning: the state, the optimiser and one step of Algorithm 1, as pure functions."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import optax
 from jax import lax
 
+from ddpm_jax import averages
 from ddpm_jax.diffusion import draw_u
 from ddpm_jax.images import to_unit
 from ddpm_jax.keys import named
@@ -22,6 +24,69 @@ class TrainState(NamedTuple):
     params: Any
     ema_params: Any
     opt_state: Any
+    times: Any = ()  # the memory of a TimeSampling
+    averages: Any = ()  # power-function averages of the parameters, one tree for each length (averages.py)
+
+
+class TimeSampling(NamedTuple):
+    """How the batch's u, where each t lies among all times, are drawn. The loss stays that of uniform u on average."""
+
+    init: Callable  # () -> memory
+    draw: Callable  # (memory, key, keys, position, size) -> u (b,), weight (b,); position: the rows among `size`
+    observe: Callable  # (u, loss) of one image -> what the update wants to know, summed over the batch
+    update: Callable  # (memory, that sum) -> memory
+
+
+def _forgetful(draw):
+    return TimeSampling(lambda: (), draw, lambda u, loss: (), lambda memory, seen: memory)
+
+
+def uniform_times(memory, key, keys, position, size):
+    """Each image's u by itself (Algorithm 1, line 3)."""
+    return jax.vmap(draw_u)(keys), jnp.ones(len(position))
+
+
+def stratified_times(memory, key, keys, position, size):
+    """One u in each of `size` equal parts of [0, 1), so that batches differ less (Kingma et al. 2021, appendix I.1)."""
+    return (draw_u(key) + position / size) % 1.0, jnp.ones(len(position))
+
+
+def loss_aware(bins=64, decay=0.9, floor=0.001, patience=10):
+    """Nichol & Dhariwal 2021, eq. 18: u with a density in proportion to sqrt(E[loss^2]), a running mean in each bin.
+
+    Uniform until each bin has been seen `patience` times; a share `floor` of the density always is. The weight, one
+    over the density, leaves the mean of the loss as it is.
+    """
+
+    def init():
+        return jnp.ones(bins), jnp.zeros(bins)
+
+    def draw(memory, key, keys, position, size):
+        square, count = memory
+        share = jnp.sqrt(square) / jnp.sum(jnp.sqrt(square))
+        share = jnp.where(jnp.min(count) < patience, 1 / bins, floor / bins + (1 - floor) * share)
+        at = jax.vmap(draw_u)(keys) * jnp.sum(share)
+        bin = jnp.minimum(jnp.searchsorted(jnp.cumsum(share), at, side="right"), bins - 1)
+        within = 1 - (jnp.cumsum(share)[bin] - at) / share[bin]
+        return (bin + jnp.clip(within, 0, 1 - 1e-6)) / bins, 1 / (bins * share[bin])
+
+    def observe(u, loss):
+        here = jax.nn.one_hot(jnp.floor(u * bins), bins)
+        return here, here * loss**2
+
+    def update(memory, seen):
+        (square, count), (number, total) = memory, seen
+        kept = decay**number
+        return kept * square + (1 - kept) * total / jnp.maximum(number, 1), count + number
+
+    return TimeSampling(init, draw, observe, update)
+
+
+TIME_SAMPLINGS = {
+    "uniform": _forgetful(uniform_times),
+    "stratified": _forgetful(stratified_times),
+    "loss_aware": loss_aware(),
+}
 
 
 def warm_up(learning_rate, steps):
@@ -34,10 +99,11 @@ def make_optimizer(learning_rate, grad_clip):
     return optax.chain(optax.clip_by_global_norm(grad_clip), optax.adam(learning_rate))
 
 
-def init_state(params, optimizer):
-    """The state before the first step."""
+def init_state(params, optimizer, time_sampling=TIME_SAMPLINGS["uniform"], lengths=()):
+    """The state before the first step. The other arguments: make_train_step."""
     zero = [jnp.zeros((), jnp.int32) for _ in range(3)]
-    return TrainState(*zero, params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+    copies = [jax.tree.map(jnp.copy, params) for _ in range(1 + len(lengths))]
+    return TrainState(*zero, params, copies[0], optimizer.init(params), time_sampling.init(), tuple(copies[1:]))
 
 
 def ema_rate(ema_decay, n):
@@ -51,40 +117,65 @@ def ema_init_share(ema_decay, n):
     return float(np.prod(np.minimum(ema_decay, (1 + np.arange(n)) / (10 + np.arange(n)))))
 
 
-def make_train_step(loss, optimizer, ema_decay, axis="batch", flip=False, accumulate=1):
+def make_train_step(
+    loss,
+    optimizer,
+    ema_decay,
+    axis="batch",
+    flip=False,
+    accumulate=1,
+    time_sampling=TIME_SAMPLINGS["uniform"],
+    lengths=(),
+):
     """train_step(state, batch, root) -> state, metrics, to be mapped over devices along `axis`.
 
     loss: one image's, as from diffusion.make_loss. batch: {"index": (b,), "image": uint8 (b, H, W, C), "label"?: (b,)},
-    this device's share; root: the key of the stream "train". `accumulate` micro-batches bound the memory.
+    this device's share; root: the key of the stream "train". `accumulate` micro-batches bound the memory;
+    `lengths` are the sigma_rel of the power-function averages to keep.
     Metrics are scalars: loss, its parts by quartile of t (loss_q1 + ... + loss_q4 = 4 loss), grad_norm, param_norm,
     skipped, skipped_in_row. A gradient that is not finite changes nothing but the counters.
     """
 
-    def image_loss(params, key, image, label):
-        x_0, u = to_unit(image), draw_u(key)
+    gammas = [averages.gamma(length) for length in lengths]
+
+    def image_loss(params, key, image, label, u, weight):
+        x_0 = to_unit(image)
         if flip:
             x_0 = jnp.where(jax.random.bernoulli(named(key, "flip")), x_0[:, ::-1], x_0)
         value = loss(params, key, x_0, label, u)
-        return value, {f"loss_q{q + 1}": 4 * value * (jnp.floor(4 * u) == q) for q in range(4)}
+        quartiles = {f"loss_q{q + 1}": 4 * weight * value * (jnp.floor(4 * u) == q) for q in range(4)}
+        return weight * value, (quartiles, time_sampling.observe(u, value))
 
-    def batch_loss(params, keys, batch):
-        values, parts = jax.vmap(image_loss, (None, 0, 0, 0))(params, keys, batch["image"], batch.get("label"))
-        return jnp.mean(values), jax.tree.map(jnp.mean, parts)
+    def batch_loss(params, keys, batch, u, weight):
+        values, parts = jax.vmap(image_loss, (None, 0, 0, 0, 0, 0))(
+            params, keys, batch["image"], batch.get("label"), u, weight
+        )
+        return jnp.mean(values), jax.tree.map(lambda x: jnp.mean(x, 0), parts)
 
-    def loss_and_grad(params, keys, batch):
-        (value, parts), grad = jax.value_and_grad(batch_loss, has_aux=True)(params, keys, batch)
-        return {"loss": value, **parts}, grad
+    def loss_and_grad(*args):
+        (value, (quartiles, seen)), grad = jax.value_and_grad(batch_loss, has_aux=True)(*args)
+        return {"loss": value, **quartiles}, seen, grad
 
     def train_step(state, batch, root):
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(root, state.step), batch["index"])
-        metrics, grad = lax.pmean(_mean_over_parts(loss_and_grad, accumulate, state.params, keys, batch), axis)
+        key = jax.random.fold_in(root, state.step)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index"])
+        rows = len(batch["index"])
+        size, position = rows * lax.axis_size(axis), rows * lax.axis_index(axis) + jnp.arange(rows)
+        u, weight = time_sampling.draw(state.times, key, keys, position, size)
+        parts = _mean_over_parts(loss_and_grad, accumulate, state.params, keys, batch, u, weight)
+        metrics, seen, grad = lax.pmean(parts, axis)
         grad_norm = optax.tree.norm(grad)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
 
         updates, opt_state = optimizer.update(grad, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        rate = ema_rate(ema_decay, state.step - state.skipped)
-        ema_params = optax.incremental_update(params, state.ema_params, rate)
+        n = state.step - state.skipped
+        ema_params = optax.incremental_update(params, state.ema_params, ema_rate(ema_decay, n))
+        powers = tuple(
+            optax.incremental_update(params, average, averages.update_rate(gamma, n + 1))
+            for gamma, average in zip(gammas, state.averages, strict=True)
+        )
+        times = time_sampling.update(state.times, jax.tree.map(lambda x: size * x, seen))
 
         new = TrainState(
             state.step + 1,
@@ -92,8 +183,8 @@ def make_train_step(loss, optimizer, ema_decay, axis="batch", flip=False, accumu
             jnp.where(finite, 0, state.skipped_in_row + 1),
             *jax.tree.map(
                 lambda new, old: jnp.where(finite, new, old),
-                (params, ema_params, opt_state),
-                (state.params, state.ema_params, state.opt_state),
+                (params, ema_params, opt_state, times, powers),
+                state[3:],
             ),
         )
         counters = {"skipped": new.skipped, "skipped_in_row": new.skipped_in_row}

@@ -18,14 +18,15 @@ from ddpm_jax.errors import ConfigError
 fan_avg = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 
 
-def time_embedding(t, channels):
-    """sin and cos of (t - 1) at `channels` / 2 frequencies from 1 to 1/10000: (channels,).
+def time_embedding(t, channels, scale=1.0):
+    """sin and cos of (scale t - 1) at `channels` / 2 frequencies from 1 to 1/10000: (channels,).
 
     The paper's code counts its steps from 0, so t - 1 is what its network was fed; the -1 is here and nowhere else.
+    `scale` brings the times of other schedules to about 1..1000.
     """
     half = channels // 2
     frequencies = jnp.exp(-math.log(10000) * jnp.arange(half) / (half - 1))
-    angles = (jnp.asarray(t, jnp.float32) - 1) * frequencies
+    angles = (scale * jnp.asarray(t, jnp.float32) - 1) * frequencies
     return jnp.pad(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)]), (0, channels % 2))
 
 
@@ -110,6 +111,7 @@ class UNet(nn.Module):
     groups: int | str
     dtype: jnp.dtype
     remat: bool
+    time_scale: float
 
     @nn.compact
     def __call__(self, x, t, label):
@@ -125,7 +127,9 @@ class UNet(nn.Module):
                 h = Attention(self.num_heads, self.groups, self.dtype, name=name)(h)
             return h
 
-        embedding = dense(4 * self.channels, self.dtype, name="time_1")(time_embedding(t, self.channels))
+        embedding = dense(4 * self.channels, self.dtype, name="time_1")(
+            time_embedding(t, self.channels, self.time_scale)
+        )
         embedding = dense(4 * self.channels, self.dtype, name="time_2")(nn.swish(embedding))
         if self.num_classes:  # the entry after the last class: no label; trained only if labels are dropped
             label = jnp.asarray(self.num_classes if label is None else label)
@@ -158,20 +162,22 @@ class UNet(nn.Module):
         return convolution(self.out_channels, 3, jnp.float32, zero=True, name="conv_out")(h)
 
 
-def make_unet(shape, learned_variance=False, **options):
+def make_unet(shape, learned_variance=False, self_conditioning=False, time_scale=1.0, **options):
     """(init, net) of the U-Net for images of `shape` (H, W, C); `options` are the fields of config.Model.
 
     init(key) -> params, a tree of float32 arrays.
     net(params, x_t, t, key=None, label=None) -> (H, W, C) float32, or (H, W, 2C) with `learned_variance`. A key means
-    training (dropout), none means evaluation. x_t: float32 (H, W, C); t: scalar in 1..T; label: class or None.
+    training (dropout), none means evaluation. x_t: float32 (H, W, C), or (H, W, 2C) with `self_conditioning`; t: scalar
+    in 1..T, or one that `time_scale` brings there; label: class or None.
     Raises ConfigError for a size that the levels do not halve, or widths that groups or heads do not divide.
     """
     _check_size(shape, options["multipliers"], options["attention_resolutions"])
     options["dtype"] = jnp.dtype(options["dtype"])
-    module = UNet(out_channels=shape[-1] * (1 + learned_variance), **options)
+    module = UNet(out_channels=shape[-1] * (1 + learned_variance), time_scale=time_scale, **options)
+    inputs = jnp.zeros((*shape[:2], shape[-1] * (1 + self_conditioning)))
 
     def init(key):
-        return module.init(key, jnp.zeros(shape), jnp.int32(1), None)["params"]
+        return module.init(key, inputs, jnp.int32(1), None)["params"]
 
     def net(params, x_t, t, key=None, label=None):
         rngs = None if key is None else {"dropout": key}

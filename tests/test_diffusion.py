@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from ddpm_jax import diffusion, schedules
@@ -138,3 +139,123 @@ def test_weightings_at_their_turning_points(linear):
     np.testing.assert_allclose(weigh["min_snr"][~easy], 1)
     np.testing.assert_allclose(weigh["min_snr"][easy], (5 * (1 - bar) / bar)[easy], rtol=1e-4)
     np.testing.assert_allclose(weigh["p2"], 1 - bar, rtol=1e-4)
+
+
+def test_reverse_variance_runs_from_beta_tilde_to_beta(chain):
+    """Eq. 7 at nu = 0, beta_t at nu = 1; Nichol & Dhariwal 2021, eq. 15, between; none at the step to clean data."""
+    schedule, betas, bar = chain
+    t = np.arange(2, len(bar))
+    beta_tilde = (1 - bar[t - 1]) / (1 - bar[t]) * betas[t]
+    variance = jax.vmap(diffusion.reverse_variance, (0, 0, None))
+    for nu, wanted in [
+        (0.0, beta_tilde),
+        (1.0, betas[t]),
+        (0.3, np.exp(0.3 * np.log(betas[t]) + 0.7 * np.log(beta_tilde))),
+    ]:
+        np.testing.assert_allclose(variance(schedule.logsnr(t), schedule.logsnr(t - 1), nu), wanted, rtol=2e-4)
+    for nu in (-0.5, 0.0, 1.0, 1.5):
+        assert diffusion.reverse_variance(schedule.logsnr(1), schedule.logsnr(0), nu) == 0
+
+
+def constant_error(schedule, name, size):
+    """A network of which eps_hat is wrong by `size` at every time and pixel."""
+    way = diffusion.PARAMETERIZATIONS[name]
+
+    def net(params, x_t, t, key, label):
+        alpha, sigma = diffusion.alpha_sigma(schedule.logsnr(t))
+        eps_hat = (x_t - alpha * params) / sigma + size  # params is the image itself
+        return way.target((x_t - sigma * eps_hat) / alpha, eps_hat, schedule.logsnr(t))
+
+    return net
+
+
+@pytest.mark.parametrize("name", diffusion.PARAMETERIZATIONS)
+@pytest.mark.parametrize("distance", diffusion.DISTANCES)
+def test_distances_of_a_known_error(linear, name, distance):
+    """The same for one denoiser seen as eps, x_0 or v; Huber's as optax has it."""
+    wanted = {"l2": jnp.square, "l1": jnp.abs, "huber": optax.losses.huber_loss}[distance]
+    x_0 = jnp.linspace(-1, 1, 16).reshape(4, 4, 1)
+    for size in (-2.5, 0.4):
+        net, way = constant_error(linear, name, size), diffusion.PARAMETERIZATIONS[name]
+        loss = diffusion.make_loss(net, linear, way, diffusion.simple, diffusion.DISTANCES[distance])
+        for u in (0.05, 0.5, 0.9):
+            assert loss(x_0, jax.random.key(0), x_0, None, u) == pytest.approx(float(wanted(size)), rel=2e-3)
+
+
+FACTORS = {
+    "eps": lambda alpha, sigma: 1,
+    "x_0": lambda alpha, sigma: sigma / alpha,
+    "v": lambda alpha, sigma: 1 / alpha,
+}
+
+
+@pytest.mark.parametrize("name", diffusion.PARAMETERIZATIONS)
+def test_error_in_the_output_is_plain_regression(linear, name):
+    """|x_0_hat - x_0| = sigma / alpha |eps_hat - eps| (eq. 15), |v_hat - v| = |eps_hat - eps| / alpha."""
+    x_0, size = jnp.linspace(-1, 1, 16).reshape(4, 4, 1), 0.4
+    way = diffusion.ERRORS["output"](diffusion.PARAMETERIZATIONS[name])
+    loss = diffusion.make_loss(constant_error(linear, name, size), linear, way, diffusion.simple)
+    bar = np.cumprod(1 - BETAS["linear"])
+    for t in (50, 500, 900):
+        wanted = (size * FACTORS[name](np.sqrt(bar[t - 1]), np.sqrt(1 - bar[t - 1]))) ** 2
+        assert loss(x_0, jax.random.key(0), x_0, None, (t - 0.5) / 1000) == pytest.approx(wanted, rel=2e-3)
+
+
+def test_without_signal_v_and_x_0_are_still_taught():
+    """Where alphas_bar_T = 0, v is -x_0: the loss in the output is that of guessing the image."""
+    schedule = schedules.make_schedule("linear", zero_terminal_snr=True)
+    x_0 = jnp.linspace(-1, 1, 16).reshape(4, 4, 1)
+    for name in ("x_0", "v"):
+        way = diffusion.ERRORS["output"](diffusion.PARAMETERIZATIONS[name])
+        loss = diffusion.make_loss(lambda params, x_t, *_: 0 * x_t, schedule, way, diffusion.simple)
+        assert loss(None, jax.random.key(0), x_0, None, 0.9999) == pytest.approx(float(jnp.mean(x_0**2)), rel=1e-5)
+
+
+def test_the_bound_on_a_continuous_schedule_is_an_integral():
+    """Kingma et al. 2021, eq. 17: with |eps_hat - eps| = size everywhere, half the fall of the log-SNR times size^2."""
+    schedule, x_0, size = schedules.make_schedule("cosine_logsnr"), jnp.zeros((2, 2, 1)), 0.3
+    way = diffusion.PARAMETERIZATIONS["eps"]
+    loss = diffusion.make_loss(constant_error(schedule, "eps", size), schedule, way, diffusion.WEIGHTINGS["vlb"])
+    middle = (np.arange(20_000) + 0.5) / 20_000
+    values = jax.vmap(loss, (None, None, None, None, 0))(x_0, jax.random.key(0), x_0, None, middle)
+    assert np.mean(values, dtype=float) == pytest.approx(30 / 2 * size**2, rel=2e-3)
+
+
+def test_limits():
+    """Dynamic thresholding by NumPy's percentile; inside [-1, 1] no limit changes anything."""
+    inside = np.random.default_rng(0).uniform(-1, 1, (8, 8, 3)).astype(np.float32)
+    for limit in diffusion.LIMITS.values():
+        np.testing.assert_array_equal(limit(inside), inside)
+    outside = 3 * inside
+    np.testing.assert_array_equal(diffusion.LIMITS["clip"](outside), np.clip(outside, -1, 1))
+    largest = np.percentile(np.abs(outside), 99.5)
+    found = diffusion.LIMITS["dynamic"](outside)
+    np.testing.assert_allclose(found, np.clip(outside / largest, -1, 1), atol=1e-6)
+    np.testing.assert_array_equal(diffusion.LIMITS["none"](outside), outside)
+
+
+def test_a_learned_variance_is_the_second_half_of_the_output(linear):
+    """The prediction is that of the first C channels, and nu = (v + 1) / 2."""
+    way, x_t = diffusion.PARAMETERIZATIONS["v"], jnp.ones((4, 4, 3)) / 2
+
+    def net(params, x, t, label):
+        return jnp.concatenate([x / 3, x - 1.5], -1)
+
+    x_0_hat, nu = diffusion.make_denoiser_with_variance(net, linear, way, None)(x_t, 400)
+    plain = diffusion.make_denoiser(lambda params, x, t, label: x / 3, linear, way, None)(x_t, 400)
+    np.testing.assert_array_equal(x_0_hat, plain)
+    np.testing.assert_array_equal(nu, np.zeros((4, 4, 3)))
+    np.testing.assert_array_equal(diffusion.make_denoiser(net, linear, way, None)(x_t, 400), plain)
+
+
+def test_a_new_weighting_is_one_function(linear):
+    """Soft min-SNR, gamma / (gamma + SNR), on a known error."""
+
+    def soft(schedule, t, gamma=4.0):
+        return gamma / (gamma + jnp.exp(schedule.logsnr(t)))
+
+    x_0, way = jnp.zeros((2, 2, 1)), diffusion.PARAMETERIZATIONS["eps"]
+    loss = diffusion.make_loss(constant_error(linear, "eps", 1.0), linear, way, soft)
+    bar = np.cumprod(1 - BETAS["linear"])[99]
+    found = loss(x_0, jax.random.key(0), x_0, None, 0.0995)
+    assert found == pytest.approx(4 / (4 + bar / (1 - bar)), rel=1e-3)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy
 
 from ddpm_jax import diffusion, keys, parallel, samplers, schedules
 from ddpm_jax.errors import ConfigError, Diverged
@@ -91,6 +92,203 @@ def test_gaussian_data_end_with_the_known_mean_and_variance(linear, case, steps)
         assert abs(x_0.var() - variance) < 5 * np.sqrt(2) * variance / 200 + 1e-6
 
 
+class Affine:
+    """slope x_T + offset in float64, so that a linear sampler's answer is known for all x_T at once."""
+
+    def __init__(self, slope, offset):
+        self.slope, self.offset = slope, offset
+
+    def __add__(self, other):
+        return Affine(self.slope + other.slope, self.offset + other.offset)
+
+    def __mul__(self, factor):
+        return Affine(factor * self.slope, factor * self.offset)
+
+    __rmul__ = __mul__
+
+    def __sub__(self, other):
+        return self + -1 * other
+
+
+def posterior_mean(x, t, spread):
+    """E[x_0 | x_t] for data N(MEAN, spread^2), by the regression of x_0 on x_t."""
+    gain = np.sqrt(BAR[t]) * spread**2 / (BAR[t] * spread**2 + 1 - BAR[t])
+    return gain * x + Affine(0, MEAN - gain * np.sqrt(BAR[t]) * MEAN)
+
+
+def half_logsnr(t):
+    return 0.5 * np.log(BAR[t] / (1 - BAR[t])) if t else np.inf
+
+
+def multistep(order):
+    """DPM-Solver++ as its derivation has it: x_0_hat as the polynomial through the last `order` values over half the
+    log-SNR u, and x_s = sigma_s / sigma_t x_t + sigma_s * the integral of exp(u) x_0_hat(u), by quadrature.
+    2M takes the value half a step ahead instead (Lu et al. 2022, algorithm 2). To clean data the last value is taken.
+    """
+
+    def run(times, spread):
+        x, known = Affine(1.0, 0.0), []
+        for t, s in itertools.pairwise(times):
+            u_t, u_s = half_logsnr(t), half_logsnr(s)
+            known = [(u_t, posterior_mean(x, t, spread)), *known][:order]
+            if s == 0:
+                return known[0][1]
+            sigma_t, sigma_s = np.sqrt(1 - BAR[t]), np.sqrt(1 - BAR[s])
+            if order == 2 and len(known) == 2:
+                ahead = (u_s - u_t) / (2 * (known[0][0] - known[1][0]))
+                weights = (np.exp(u_s) - np.exp(u_t)) * np.array([1 + ahead, -ahead])
+            else:
+                weights = lagrange_integrals([at for at, _ in known], u_t, u_s)
+            x = sigma_s / sigma_t * x
+            for weight, (_, x_0_hat) in zip(weights, known, strict=True):
+                x = x + sigma_s * weight * x_0_hat
+        return x
+
+    return run
+
+
+def lagrange_integrals(nodes, start, end):
+    """The integral of exp(u) l_i(u) for each polynomial l_i that is 1 at node i and 0 at the others."""
+
+    def value(u, i):
+        return np.exp(u) * np.prod([(u - node) / (nodes[i] - node) for k, node in enumerate(nodes) if k != i])
+
+    return [scipy.integrate.quad(value, start, end, (i,))[0] for i in range(len(nodes))]
+
+
+def heuns(times, spread):
+    """Karras et al. 2022, algorithm 1, for y = x / alpha over n = sigma / alpha: dy/dn = (y - x_0_hat) / n."""
+    y, n = (1 / np.sqrt(BAR[times[0]])) * Affine(1.0, 0.0), np.exp([-half_logsnr(t) for t in times])
+    for i, (t, s) in enumerate(itertools.pairwise(times)):
+        slope = (1 / n[i]) * (y - posterior_mean(np.sqrt(BAR[t]) * y, t, spread))
+        euler = y + (n[i + 1] - n[i]) * slope
+        if s:
+            at_s = (1 / n[i + 1]) * (euler - posterior_mean(np.sqrt(BAR[s]) * euler, s, spread))
+            y = y + (n[i + 1] - n[i]) / 2 * (slope + at_s)
+        else:
+            y = euler
+    return y
+
+
+ANSWERS = {"dpmpp_2m": multistep(2), "dpmpp_3m": multistep(3), "heun": heuns}
+
+
+@pytest.mark.parametrize("steps", [3, 10, 100])
+@pytest.mark.parametrize("name", ANSWERS)
+def test_gaussian_data_end_where_the_recursion_says(linear, name, steps):
+    """The whole map from x_T to x_0, for three spreads of the data: the slope is their variance, the offset the mean."""
+    sampler, times, x_T = samplers.make_sampler(name, linear), linear.times(steps), jnp.linspace(-3, 3, 13)
+    spreads = np.array([1.0, 0.5, 0.1])
+
+    @jax.vmap
+    def end(spread):
+        return samplers.follow(exact(linear, spread), sampler, times, jax.random.key(0), x_T)[0][-1]
+
+    for spread, found in zip(spreads, end(spreads), strict=True):
+        wanted = ANSWERS[name](times, spread)
+        np.testing.assert_allclose(found, wanted.slope * x_T + wanted.offset, atol=2e-3)
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.5, 0.1])
+def test_edm_ends_with_the_known_mean_and_variance(linear, spread):
+    """Karras et al. 2022, algorithm 2: noise up to the time next to (1 + churn) n, then Heun's step from there."""
+    churn, inflation, low, high = 0.3, 1.05, 0.05, 20.0
+    times, logsnr = linear.times(20), np.log(BAR[1:] / (1 - BAR[1:]))
+    mean, variance = 0.0, 1.0
+    for t, s in itertools.pairwise(times):
+        n, up = np.exp(-half_logsnr(t)), t
+        if low <= n <= high:
+            up = max(t, 1 + np.argmin(np.abs(logsnr - 2 * (half_logsnr(t) - np.log(1 + churn)))))
+        keep = np.sqrt(BAR[up] / BAR[t])
+        step = heuns([up, s], spread) if s else posterior_mean(Affine(1.0, 0.0), up, spread)
+        slope = step.slope * (np.sqrt(BAR[s]) if s else 1)
+        offset = step.offset * (np.sqrt(BAR[s]) if s else 1)
+        mean = slope * keep * mean + offset
+        variance = slope**2 * (keep**2 * variance + inflation**2 * (1 - BAR[up] - keep**2 * (1 - BAR[t])))
+    sampler = samplers.make_sampler("edm", linear, churn=churn, noise=inflation, low=low, high=high)
+    x_0 = samplers.sample(exact(linear, spread), sampler, times, jax.random.key(3), (200, 200, 1))
+    assert abs(x_0.mean() - mean) < 5 * np.sqrt(variance) / 200 + 1e-4
+    assert abs(x_0.var() - variance) < 5 * np.sqrt(2) * variance / 200 + 1e-6
+
+
+def test_edm_without_churn_is_heun(linear):
+    args = linear.times(10), jax.random.key(0), (16,)
+    found = samplers.sample(exact(linear, 0.5), samplers.edm(linear, churn=0.0), *args)
+    np.testing.assert_allclose(found, samplers.sample(exact(linear, 0.5), samplers.heun(linear), *args), atol=1e-5)
+
+
+ORDERS = {"ddim": 1, "dpmpp_2m": 2, "heun": 2, "dpmpp_3m": 3}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_order_of_convergence_in_float64(name):
+    """On the continuous VP schedule at evenly spread log-SNR: halve the steps, and the error falls by 2^order."""
+    spread, end, errors = 0.5, 0.05, []
+    with jax.enable_x64(True):
+        schedule = schedules.make_schedule("vp")
+        x_T = jax.random.normal(jax.random.key(0), (20,), float)
+        ends = [float(schedule.logsnr(t)) for t in (1.0, end)]
+        for steps in (40, 80, 160, 320):
+            # The log-SNR of the VP-SDE solved for t: -log alphas_bar = 0.1 t + 9.95 t^2.
+            integral = np.log1p(np.exp(-np.linspace(*ends, steps + 1)))
+            times = (np.sqrt(0.01 + 4 * 9.95 * integral) - 0.1) / (2 * 9.95)
+            times[[0, -1]] = 1.0, end
+            sampler = samplers.make_sampler(name, schedule)
+            x = samplers.follow(exact(schedule, spread), sampler, times, jax.random.key(0), x_T)[0][-1]
+            bar = 1 / (1 + np.exp(-np.array(ends)))
+            scale = np.sqrt((bar[1] * spread**2 + 1 - bar[1]) / (bar[0] * spread**2 + 1 - bar[0]))
+            wanted = np.sqrt(bar[1]) * MEAN + scale * (np.asarray(x_T) - np.sqrt(bar[0]) * MEAN)
+            errors.append(np.abs(np.asarray(x) - wanted).mean())
+    found = np.log2(errors[1] / errors[3]) / 2
+    assert found == pytest.approx(ORDERS[name], abs=0.25)
+
+
+BOUNDS = {"ddim": 2e-5, "dpmpp_2m": 2e-5, "dpmpp_3m": 1e-4, "heun": 2e-5}
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_float32_errors_over_1000_steps_are_bounded(name):
+    """Against the same 1,000 steps in float64, from the same x_T, relative to pixels of size 1."""
+    x_T, ends = np.random.default_rng(0).normal(size=100), []
+    for wide in (False, True):
+        with jax.enable_x64(wide):
+            table = np.concatenate([[np.inf], np.log(BAR[1:] / (1 - BAR[1:]))])
+            schedule = schedules.DiscreteSchedule(table if wide else table.astype(np.float32))
+            sampler, start = samplers.make_sampler(name, schedule), jnp.asarray(x_T, float)
+            path = samplers.follow(exact(schedule, 0.5), sampler, schedule.times(1000), jax.random.key(0), start)[0]
+            ends.append(np.asarray(path[-1], np.float64))
+    assert np.abs(ends[0] - ends[1]).max() < BOUNDS[name]
+
+
+NAN_CASES = [(name, {}) for name in samplers.SAMPLERS if name != "ddpm"]
+NAN_CASES += [("ddpm", {"variance": variance}) for variance in diffusion.VARIANCES]
+TABLES = [schedules.make_schedule(name).table for name in ("linear", "cosine")]
+NO_SIGNAL = schedules.make_schedule("linear", zero_terminal_snr=True).table
+
+
+@pytest.mark.parametrize("parameterization", diffusion.PARAMETERIZATIONS)
+@pytest.mark.parametrize(("name", "options"), NAN_CASES, ids=lambda case: str(case))
+def test_no_step_gives_nan(name, options, parameterization):
+    """At t = 1, t = T and s = 0, alone and in a row, for a network that answers with what it is shown.
+
+    Also where no signal is left at T; there eps tells nothing of the image, and experiment.make refuses it.
+    """
+    way, x = diffusion.PARAMETERIZATIONS[parameterization], jnp.linspace(-2, 2, 8)
+
+    def walk(schedule, times):
+        sampler = samplers.make_sampler(name, schedule, **options)
+        make = diffusion.make_denoiser_with_variance if sampler.asks_variance else diffusion.make_denoiser
+        predict = make(lambda params, x, t, label: jnp.tile(x, 2), schedule, way, None, None, diffusion.clip)
+        return samplers.follow(predict, sampler, times, jax.random.key(0), x)[0]
+
+    over = jax.jit(jax.vmap(lambda table, times: walk(schedules.DiscreteSchedule(table), times), (None, 0)))
+    for table in TABLES if parameterization == "eps" else [*TABLES, NO_SIGNAL]:
+        assert np.isfinite(over(table, np.array([[1000, 500, 1, 0], [1000, 999, 1, 0], [1000, 2, 1, 0]]))).all()
+        assert np.isfinite(over(table, np.array([[1, 0], [1000, 0], [1000, 1]]))).all()
+    vp = schedules.make_schedule("vp")
+    assert np.isfinite(walk(vp, np.array([1.0, 0.5, vp.first, 0.0], np.float32))).all()
+
+
 def test_ddim_with_eta_1_is_the_ancestral_sampler(linear):
     predict, x_t, key = exact(linear, 0.5), jax.random.normal(jax.random.key(0), (64,)), jax.random.key(1)
     for t, s in [(1000, 999), (1000, 500), (500, 20), (2, 1), (1, 0), (300, 0)]:
@@ -156,7 +354,7 @@ def test_order_counts_what_a_few_steps_are_worth(linear):
 
 
 def test_wrong_names_and_options_are_refused(linear):
-    with pytest.raises(ConfigError, match="sampler=dpm is not one of ddpm, ddim, dpmpp_2m, heun"):
+    with pytest.raises(ConfigError, match="sampler=dpm is not one of ddpm, ddim, dpmpp_2m, dpmpp_3m, heun, edm"):
         samplers.make_sampler("dpm", linear)
     with pytest.raises(ConfigError, match="ddpm has no option eta"):
         samplers.make_sampler("ddpm", linear, eta=0.5)
@@ -166,20 +364,26 @@ def test_wrong_names_and_options_are_refused(linear):
 
 
 def test_path_ends_with_the_sample(linear):
-    args = exact(linear, 0.5), samplers.ddpm(linear), linear.times(20), jax.random.key(0), (4, 4, 1)
-    path = samplers.sample_path(*args, frames=7)
+    args = exact(linear, 0.5), samplers.ddpm(linear), linear.times(20), jax.random.key(0)
+    x_T = samplers.pure_noise(args[-1], (4, 4, 1))
+    path, _ = samplers.follow(*args, x_T, frames=7)
     assert path.shape == (7, 4, 4, 1)
-    np.testing.assert_array_equal(path[-1], samplers.sample(*args))
+    np.testing.assert_array_equal(path[-1], samplers.sample(*args, x_T.shape))
     assert len(np.unique(np.asarray(path)[:, 0, 0, 0])) == 7
-    assert samplers.sample_path(*args, frames=40).shape == (20, 4, 4, 1)
+    assert samplers.follow(*args, x_T, frames=40)[0].shape == (20, 4, 4, 1)
 
 
 @pytest.fixture(scope="module")
 def generate(tiny, linear):
     way = diffusion.PARAMETERIZATIONS["eps"]
-    make = samplers.make_generate(
-        tiny[0], linear, way, samplers.ddpm(linear, "fixedlarge"), linear.times(20), (8, 8, 1)
-    )
+
+    def denoiser(params, label):
+        return diffusion.make_denoiser(tiny[0], linear, way, params, label, diffusion.clip)
+
+    def start(predict, key, index):
+        return samplers.pure_noise(key, (8, 8, 1))
+
+    make = samplers.make_generate(denoiser, samplers.ddpm(linear, "fixedlarge"), linear.times(20), start)
     return parallel.pmap_generate(make)
 
 

@@ -1,0 +1,97 @@
+"""The formulas of the noise schedules: betas at t = 1..T in NumPy float64, or log-SNR as a curve over t in (0, 1]."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+
+
+def linear_betas(T=1000, start=1e-4, end=0.02, scale=True):
+    """Ho et al. 2020, section 4: T betas from `start` to `end`, NumPy float64 (T,).
+
+    With `scale` both ends are multiplied by 1000 / T, so that any T ends at about the same noise
+    (Nichol & Dhariwal 2021); without, a T below 1000 leaves signal in x_T.
+    """
+    factor = 1000 / T if scale else 1.0
+    return np.linspace(start * factor, end * factor, T)
+
+
+def cosine_betas(T=1000, s=0.008, largest=0.999):
+    """Nichol & Dhariwal 2021, eq. 17: alphas_bar_t proportional to cos^2((t/T + s) / (1 + s) * pi/2).
+
+    Each beta is capped at `largest`; alphas_bar is then the product of the capped betas. NumPy float64 (T,).
+    """
+    level = np.cos((np.arange(T + 1) / T + s) / (1 + s) * math.pi / 2) ** 2
+    return np.minimum(1 - level[1:] / level[:-1], largest)
+
+
+def quadratic_betas(T=1000, start=1e-4, end=0.02, scale=True):
+    """`quad` of Ho's code: linear in the square root of beta. NumPy float64 (T,)."""
+    factor = 1000 / T if scale else 1.0
+    return np.linspace(math.sqrt(start), math.sqrt(end), T) ** 2 * factor
+
+
+def constant_betas(T=1000, value=0.02, scale=True):
+    """`const` of Ho's code: the same beta at every time. NumPy float64 (T,)."""
+    return np.full(T, value * (1000 / T if scale else 1.0))
+
+
+def warm_up_betas(T=1000, start=1e-4, end=0.02, share=0.1, scale=True):
+    """`warmup10` of Ho's code: linear over the first `share` of the times, constant after. NumPy float64 (T,)."""
+    factor, rising = 1000 / T if scale else 1.0, int(T * share)
+    return np.concatenate([np.linspace(start, end, rising), np.full(T - rising, end)]) * factor
+
+
+def jsd_betas(T=1000):
+    """`jsd` of Ho's code: beta_t = 1 / (T - t + 1), so that alphas_bar_t = 1 - t / T ends at 0. NumPy float64 (T,)."""
+    return 1 / np.arange(T, 0, -1)
+
+
+def sigmoid_betas(T=1000, start=-3.0, end=3.0, tau=1.0, largest=0.999):
+    """Jabri et al. 2022; Chen 2023: alphas_bar is a sigmoid of t / T, from `start` to `end`, scaled to run from 1 to 0.
+
+    Each beta is capped at `largest`; alphas_bar is then the product of the capped betas. NumPy float64 (T,).
+    """
+    level = 1 / (1 + np.exp((np.linspace(start, end, T + 1)) / tau))
+    level = (level - level[-1]) / (level[0] - level[-1])
+    return np.minimum(1 - level[1:] / level[:-1], largest)
+
+
+SCHEDULES = {  # T -> betas
+    "linear": linear_betas,
+    "cosine": cosine_betas,
+    "quadratic": quadratic_betas,
+    "sigmoid": sigmoid_betas,
+    "constant": constant_betas,
+    "warm_up": warm_up_betas,
+    "jsd": jsd_betas,
+}
+
+
+def zero_terminal(betas):
+    """Lin et al. 2023, algorithm 1: betas whose alphas_bar_T is 0 and whose alphas_bar_1 is as before.
+
+    sqrt(alphas_bar) is shifted and scaled. At T nothing of the image is left, so eps tells nothing about it there.
+    """
+    signal = np.sqrt(np.cumprod(1 - np.asarray(betas, np.float64)))
+    signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
+    return 1 - np.square(signal / np.insert(signal[:-1], 0, 1.0))
+
+
+def linear_logsnr(t, high=13.3, low=-10.0):
+    """Kingma et al. 2021: log-SNR falls in a straight line; they start at 13.3 and learn both ends from there."""
+    return high + (low - high) * t
+
+
+def cosine_logsnr(t, high=15.0, low=-15.0):
+    """Hoogeboom et al. 2023: alpha = cos(pi t / 2), with the ends of t cut so that log-SNR runs from high to low."""
+    start, end = (math.atan(math.exp(-logsnr / 2)) for logsnr in (high, low))
+    return -2 * jnp.log(jnp.tan(start + (end - start) * t))
+
+
+def vp_logsnr(t, start=0.1, end=20.0):
+    """The VP-SDE of Song et al. 2021: -log alphas_bar is the integral of beta(t) = start + (end - start) t."""
+    return -jnp.log(jnp.expm1(start * t + (end - start) * t**2 / 2))
+
+
+CURVES = {"linear_logsnr": linear_logsnr, "cosine_logsnr": cosine_logsnr, "vp": vp_logsnr}  # t in (0, 1] -> log-SNR
