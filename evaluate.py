@@ -17,7 +17,7 @@ from ddpm_jax.files import write_atomic
 from sample import WEIGHTS
 
 METRICS = ("nll", "ode", "mse")
-EXACT = 256  # dimensions up to which a divergence is exact unless --divergence says otherwise
+EXACT = 16  # dimensions up to which a divergence is exact unless --divergence says otherwise
 
 
 @dataclasses.dataclass(frozen=True)

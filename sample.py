@@ -13,7 +13,7 @@ from ddpm_jax import errors, options
 from ddpm_jax.files import write_atomic
 
 WEIGHTS = "ema, raw or a number", lambda value: value in ("ema", "raw") or options.parses(float, value)
-PAIR = "two, with a comma between", lambda value: len(value) in (0, 2)
+PAIR = "two values with a comma between", lambda value: len(value) in (0, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +169,7 @@ def read(path, shape):
     try:
         return images.to_unit(data.read(path, shape[:2], shape[-1]))
     except (OSError, ValueError) as error:
-        raise errors.DataError(f"{path} cannot be read: {error}") from error
+        raise errors.DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 if __name__ == "__main__":

@@ -120,32 +120,6 @@ def pmap_step(train_step):
     return jax.pmap(train_step, axis_name=AXIS, in_axes=(None, 0, None), out_axes=None, donate_argnums=0)
 
 
-def pmap_generate(generate):
-    """`generate` (see samplers.make_generate) over this process's devices and the images of each."""
-    batched = jax.vmap(generate, (None, None, 0, 0))
-    return jax.pmap(batched, axis_name=AXIS, in_axes=(None, None, 0, 0), devices=jax.local_devices())
-
-
-def generate_batches(generate, params, root, indices, labels=None, batch_size=64):
-    """Pictures of the given indices, one array (b, frames, H, W, C) after another, by a pmapped `generate`.
-
-    The batch is rounded up to the devices, the last one filled up and cut off again: one shape, one compilation.
-    Raises Diverged when a picture is not finite.
-    """
-    devices = jax.local_device_count()
-    batch_size = -(-min(batch_size, len(indices)) // devices) * devices
-    for start in range(0, len(indices), batch_size):
-        rows = np.arange(start, start + batch_size) % len(indices)
-        part = {"index": indices[rows], "label": None if labels is None else labels[rows]}
-        part = shard(part)
-        images, finite = jax.device_get(generate(params, root, part["index"], part["label"]))
-        keep = min(batch_size, len(indices) - start)
-        bad = ~finite.reshape(-1)[:keep]
-        if bad.any():
-            raise Diverged(f"sample {indices[rows[:keep]][bad][0]} is not finite; nothing was written for it")
-        yield images.reshape(-1, *images.shape[2:])[:keep]
-
-
 def pmap_rows(measure):
     """`measure`(params, root, row) over this process's devices and the rows of each; a row is a tree of arrays."""
     batched = jax.vmap(measure, (None, None, 0))
@@ -160,7 +134,25 @@ def measure_batches(measure, params, root, rows, batch_size=64):
     devices, n = jax.local_device_count(), len(jax.tree.leaves(rows)[0])
     batch_size = -(-min(batch_size, n) // devices) * devices
     for start in range(0, n, batch_size):
-        take, keep = np.arange(start, start + batch_size) % n, n - start
+        take, keep = np.arange(start, start + batch_size) % n, min(batch_size, n - start)
         part = shard(jax.tree.map(lambda x, take=take: x[take], rows))
         found = jax.device_get(measure(params, root, part))
-        yield jax.tree.map(lambda x, keep=keep: x.reshape(-1, *x.shape[2:])[:keep], found)
+        yield jax.tree.map(lambda x, keep=keep: x.reshape(batch_size, *x.shape[2:])[:keep], found)
+
+
+def pmap_generate(generate):
+    """`generate` (see samplers.make_generate) over this process's devices and the images of each."""
+    return pmap_rows(lambda params, root, row: generate(params, root, row["index"], row["label"]))
+
+
+def generate_batches(generate, params, root, indices, labels=None, batch_size=64):
+    """Pictures of the given indices, one array (b, frames, H, W, C) after another, by a pmapped `generate`.
+
+    Raises Diverged when a picture is not finite.
+    """
+    rows, done = {"index": indices, "label": labels}, 0
+    for images, finite in measure_batches(generate, params, root, rows, batch_size):
+        if not finite.all():
+            raise Diverged(f"sample {indices[done + np.argmin(finite)]} is not finite; nothing was written for it")
+        yield images
+        done += len(images)

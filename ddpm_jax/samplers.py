@@ -36,8 +36,10 @@ def no_memory(x_T):
 def ddpm(schedule, variance="fixedsmall"):
     """Ancestral sampling (Algorithm 2): x_s from the Gaussian with the mean of q(x_s | x_t, x_0_hat).
 
-    variance: an entry of diffusion.VARIANCES. The step to clean data adds no noise.
+    variance: a name in diffusion.VARIANCES. The step to clean data adds no noise.
     """
+    if variance not in VARIANCES:
+        raise ConfigError(f"variance={variance} is not one of {', '.join(VARIANCES)}")
 
     def step(predict, key, x_t, t, s, memory):
         logsnr_t, logsnr_s = schedule.logsnr(t), schedule.logsnr(s)

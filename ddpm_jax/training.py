@@ -71,7 +71,7 @@ def loss_aware(bins=64, decay=0.9, floor=0.001, patience=10):
         return (bin + jnp.clip(within, 0, 1 - 1e-6)) / bins, 1 / (bins * share[bin])
 
     def observe(u, loss):
-        here = jax.nn.one_hot(jnp.floor(u * bins), bins)
+        here = jax.nn.one_hot(jnp.floor(u * bins).astype(int), bins)
         return here, here * loss**2
 
     def update(memory, seen):

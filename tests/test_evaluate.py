@@ -132,7 +132,7 @@ def test_values_are_means_over_the_images(run, whole):
         ode = likelihood.ode_bits_per_dim(predict, schedule, schedule.times(6, "logsnr"), image, key)
         return bound["total"], ode
 
-    for name, wanted in zip(("nll", "ode"), measure(np.arange(NUM), images), strict=True):
+    for name, wanted in zip(("nll", "ode"), jax.device_get(measure(np.arange(NUM), images)), strict=True):
         metric = whole[0]["metrics"][name]
         assert metric["value"] == pytest.approx(np.mean(wanted), rel=1e-4)
         assert metric["standard_error"] == pytest.approx(np.std(wanted, ddof=1) / np.sqrt(NUM), rel=1e-3)
@@ -165,7 +165,7 @@ def test_batch_and_devices_change_nothing(run, whole, script):
 
 VARIANTS = {  # the config, the metrics asked for, the evaluations of the network with 5 steps and 4 times of the ODE
     "learned": ({"variance": "learned"}, {"nll": 5}),
-    "continuous": ({"schedule": "vp", "self_conditioning": True}, {"nll": 10, "ode": 12}),
+    "continuous": ({"schedule": "vp", "self_conditioning": True}, {"ode": 12}),
     "no signal": ({"zero_terminal_snr": True, "parameterization": "v", "error": "output"}, {"mse": 5, "ode": 4}),
 }
 

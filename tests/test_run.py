@@ -298,6 +298,47 @@ def test_a_signal_to_one_of_two_processes_stops_both(environment, tmp_path):
     assert len(checkpoint.steps(tmp_path / "run" / "checkpoints")) == 1
 
 
+EVERYTHING = [
+    "--config.model.num_classes=10",
+    "--config.diffusion.variance=learned",
+    "--config.diffusion.self_conditioning=true",
+    "--config.diffusion.label_dropout=0.2",
+    "--config.diffusion.time_sampling=loss_aware",
+    "--config.train.averages=0.05,0.1",
+    "--config.train.average_every=5",
+]
+
+
+@pytest.mark.faults
+def test_all_that_a_state_can_hold_survives_a_stop(script, tmp_path):
+    """Also the memory of the times and the power-function averages; then pictures by way of all of it."""
+    ends = []
+    for name, stops in (("unbroken", [20]), ("stopped", [7, 20])):
+        workdir = tmp_path / name
+        for steps in stops:
+            done = script("train.py", *TINY, *EVERYTHING, f"--config.train.steps={steps}", f"--workdir={workdir}")
+            assert done.returncode == 0, done.stderr
+        _, trees = checkpoint.load(workdir / "checkpoints", checkpoint.ARRAYS)
+        ends.append([np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(trees)])
+    assert ends[0] == ends[1]
+    stored = sorted(path.name for path in (workdir / "averages").iterdir())
+    assert stored == [f"step_{step:09}.npz" for step in (5, 7, 10, 15, 20)]
+    options = [f"--workdir={workdir}", "--num=3", "--steps=4", "--overwrite"]
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
+    a = f"{tmp_path}/a.png"
+    for extra in (
+        ["--weights=0.08", "--guidance=2", "--interval=100,900", "--gif", "--preview", "--limit=dynamic"],
+        ["--sampler=dpmpp_3m", "--spacing=logsnr"],
+        ["--sampler=edm", "--churn=0.2", "--weights=raw"],
+        [f"--interpolate={a},{a}", "--sampler=ddim"],
+        [f"--inpaint={a}", f"--mask={a}", "--jump=2", "--repeats=2"],
+        [f"--reconstruct={a}", "--sampler=ddim"],
+    ):
+        done = script("sample.py", *options, *extra)
+        assert done.returncode == 0, done.stderr
+    assert len(np.load(workdir / "out" / "samples.npz")["images"]) == 1
+
+
 def test_dry_run_writes_nothing(script, tmp_path):
     done = script("train.py", *TINY, "--dry-run", f"--workdir={tmp_path}/run", "--config.data.image_size=8")
     assert done.returncode == 0, done.stderr
@@ -325,7 +366,7 @@ MISTAKES = {
         "8x8 cannot be halved 4 times",
     ),
     "schedule": (["train.py", "--config.diffusion.schedule=linaer"], 2, "is not one of linear, cosine"),
-    "weighting": (["train.py", "--config.diffusion.weighting=none"], 2, "is not one of simple, min_snr, p2"),
+    "weighting": (["train.py", "--config.diffusion.weighting=none"], 2, "is not one of simple, vlb, min_snr, p2"),
     "variance": (["train.py", "--config.diffusion.variance=fixedsmal"], 2, "is not one of fixedsmall, fixedlarge"),
     "spacing": (["sample.py", "--workdir=RUN", "--spacing=even"], 2, "is not one of trailing, leading"),
     "processes": (["train.py", "--distributed=localhost:1,3,2"], 2, "with ID below COUNT"),

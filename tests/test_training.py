@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy
 
 from ddpm_jax import parallel, training
 
@@ -229,3 +230,74 @@ def test_the_step_compiles_once_and_uses_up_its_state(tiny, tiny_loss, compilati
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
         step(parallel.replicate(jax.device_get(state)), parallel.shard(batch), ROOT)
         assert count() == 1
+
+
+def drawn_us(sampling, n, memory=None, seed=0):
+    """u and weight of one batch of n images on one device, as the train step draws them."""
+    key = jax.random.key(seed)
+    images = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n))
+    return sampling.draw(sampling.init() if memory is None else memory, key, images, jnp.arange(n), n)
+
+
+def test_stratified_times_lie_one_in_each_part():
+    u, weight = drawn_us(training.TIME_SAMPLINGS["stratified"], 64)
+    assert sorted(np.floor(np.asarray(u) * 64).astype(int)) == list(range(64))
+    assert np.all(weight == 1)
+    firsts = [float(drawn_us(training.TIME_SAMPLINGS["stratified"], 1, seed=seed)[0][0]) for seed in range(300)]
+    assert scipy.stats.kstest(firsts, "uniform").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("name", training.TIME_SAMPLINGS)
+def test_times_are_the_same_on_1_2_and_8_devices(name):
+    """The gradient of w u is u, so that one step of SGD tells the mean of all u."""
+
+    def told(params, key, x_0, label, u):
+        return params["w"] * u
+
+    sampling, ends = training.TIME_SAMPLINGS[name], []
+    for devices in (1, 2, 8):
+        state = training.init_state({"w": jnp.float32(0)}, optax.sgd(1.0), sampling)
+        step = training.make_train_step(told, optax.sgd(1.0), 0.9, time_sampling=sampling)
+        ends.append(float(run(step, state, batch_of(16), devices, 3)[0].params["w"]))
+    np.testing.assert_allclose(ends, ends[0], rtol=1e-5)
+    assert 0.5 < -ends[0] < 2.5
+
+
+def test_loss_aware_times_follow_the_loss_and_leave_its_mean():
+    """For E[loss^2] = (1 + 9 u)^2 the density is (1 + 9 u) / 5.5, and the weighted mean of any f is its integral."""
+    sampling, bins = training.loss_aware(bins=50, floor=0.0), (np.arange(50) + 0.5) / 50
+    u, weight = drawn_us(sampling, 40_000, ((1 + 9 * bins) ** 2, np.full(50, 99.0)))
+    assert scipy.stats.kstest(u, lambda x: (x + 4.5 * x**2) / 5.5).pvalue > 1e-3
+    for function, integral in [(np.ones_like, 1.0), (np.square, 1 / 3), (np.cos, np.sin(1.0))]:
+        assert np.mean(np.asarray(weight, float) * function(np.asarray(u))) == pytest.approx(integral, rel=0.02)
+    u, weight = drawn_us(sampling, 2_000, ((1 + 9 * bins) ** 2, np.full(50, 9.0)))  # one visit short of its patience
+    assert scipy.stats.kstest(u, "uniform").pvalue > 1e-3
+    np.testing.assert_allclose(weight, 1, rtol=1e-5)
+
+
+def test_loss_aware_memory_learns_the_square_of_the_loss():
+    def known(params, key, x_0, label, u):
+        return params["w"] * 0 + 1 + 3 * (u > 0.5)
+
+    sampling = training.loss_aware(bins=4)
+    state = training.init_state({"w": jnp.float32(0)}, optax.sgd(0.0), sampling)
+    step = training.make_train_step(known, optax.sgd(0.0), 0.9, time_sampling=sampling)
+    state, metrics = run(step, state, batch_of(64), 2, 20)
+    square, count = state.times
+    np.testing.assert_allclose(square, [1, 1, 16, 16], rtol=1e-3)
+    assert count.sum() == 20 * 64
+    assert metrics["loss"] == pytest.approx(2.5, rel=0.35)  # by importance weights, though half the loss is drawn more
+
+
+def test_power_averages_are_means_of_all_parameters():
+    """gamma = 0, of length 12^(-1/2), is the plain mean of the parameters after each update."""
+
+    def steady(params, key, x_0, label, u):
+        return -params["w"]
+
+    lengths, optimizer = (12**-0.5, 0.1), optax.sgd(1.0)
+    state = training.init_state({"w": jnp.float32(0)}, optimizer, lengths=lengths)
+    step = training.make_train_step(steady, optimizer, 0.9, lengths=lengths)
+    state, _ = run(step, state, batch_of(2), 1, 9)  # w = 1, 2, ... 9
+    assert state.averages[0]["w"] == pytest.approx(5.0, rel=1e-5)
+    assert 5 < state.averages[1]["w"] < 9
