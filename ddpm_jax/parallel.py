@@ -142,7 +142,8 @@ def measure_batches(measure, params, root, rows, batch_size=64):
 
 def pmap_generate(generate):
     """`generate` (see samplers.make_generate) over this process's devices and the images of each."""
-    return pmap_rows(lambda params, root, row: generate(params, root, row["index"], row["label"]))
+    batched = jax.vmap(generate, (None, None, 0, 0))
+    return jax.pmap(batched, axis_name=AXIS, in_axes=(None, None, 0, 0), devices=jax.local_devices())
 
 
 def generate_batches(generate, params, root, indices, labels=None, batch_size=64):
@@ -150,8 +151,12 @@ def generate_batches(generate, params, root, indices, labels=None, batch_size=64
 
     Raises Diverged when a picture is not finite.
     """
+
+    def measure(params, root, row):
+        return generate(params, root, row["index"], row["label"])
+
     rows, done = {"index": indices, "label": labels}, 0
-    for images, finite in measure_batches(generate, params, root, rows, batch_size):
+    for images, finite in measure_batches(measure, params, root, rows, batch_size):
         if not finite.all():
             raise Diverged(f"sample {indices[done + np.argmin(finite)]} is not finite; nothing was written for it")
         yield images
