@@ -25,17 +25,18 @@ def label_dropout(net, share, null):
     return dropped
 
 
-def guided(net, scale, null, low=0.0, high=jnp.inf):
+def guided(net, scale, null, low=0.0, high=jnp.inf, channels=None):
     """Classifier-free guidance: output_null + scale (output - output_null) at times from `low` to `high`.
 
-    scale = 1 is the plain conditional network, 0 the one without label; Ho & Salimans 2022, eq. 6, write 1 + w.
-    Outside the interval (Kynkaanniemi et al. 2024) scale = 1. It is the same for eps, x_0 and v, which are affine in
-    each other.
+    scale = 1 is the plain conditional network, 0 the one without label; Ho & Salimans 2022, eq. 6, write 1 + w. It is
+    the same for eps, x_0 and v, which are affine in each other. Outside the interval (Kynkaanniemi et al. 2024)
+    scale = 1. What lies beyond the first `channels`, a learned variance, stays that of the label.
     """
 
     def guide(params, x_t, t, key=None, label=None):
         output, without = (net(params, x_t, t, key, which) for which in (label, null))
-        return without + jnp.where((t >= low) & (t <= high), scale, 1.0) * (output - without)
+        more = jnp.where((t >= low) & (t <= high), scale, 1.0) - 1
+        return output.at[..., :channels].add(more * (output - without)[..., :channels])
 
     return guide
 

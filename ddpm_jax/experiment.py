@@ -186,7 +186,8 @@ def make_generate(
     if guidance != 1:
         if not names.label_dropout:
             raise ConfigError(f"guidance={guidance:g} needs a model trained with diffusion.label_dropout")
-        net = conditioning.guided(net, guidance, experiment.config.model.num_classes, *interval)
+        null, channels = experiment.config.model.num_classes, experiment.shape[-1]
+        net = conditioning.guided(net, guidance, null, *interval, channels=channels)
     sampler = samplers.make_sampler(sampler, schedule, {"variance": names.variance}, **options)
     make_denoiser = diffusion.make_denoiser_with_variance if sampler.asks_variance else diffusion.make_denoiser
 

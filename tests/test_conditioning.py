@@ -140,6 +140,16 @@ def test_guided_samples_have_the_guided_mean(linear):
     assert x_0.std() == pytest.approx(SPREAD, rel=0.03)
 
 
+def test_guidance_leaves_a_learned_variance_alone():
+    """2 - 3 (label) for the prediction, guided to 2 - 3 (2 x 5 - 4); the second half is the label's own."""
+
+    def net(params, x, t, key=None, label=None):
+        return jnp.stack([2 - 3.0 * label, 7.0 * label])
+
+    found = conditioning.guided(net, 2.0, 4, channels=1)(None, jnp.zeros(1), 10, label=5)
+    np.testing.assert_allclose(found, [2 - 3 * 6, 35])
+
+
 def test_outside_the_interval_guidance_does_nothing():
     plain, x_t = exact_net("eps"), jax.random.normal(jax.random.key(0), (50,))
     inside = conditioning.guided(plain, 4.0, NULL)

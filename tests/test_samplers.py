@@ -64,7 +64,7 @@ def implicit(eta):
     return coefficients
 
 
-LAST_STEPS = ["ddpm small", "ddpm large", "ddim 0", "ddim 1", "dpmpp_2m", "heun"]
+LAST_STEPS = ["ddpm small", "ddpm large", "ddim 0", "ddim 1", "dpmpp_2m", "dpmpp_3m", "heun", "edm"]
 CASES = {
     "ddpm small": ("ddpm", {"variance": "fixedsmall"}, ancestral(False)),
     "ddpm large": ("ddpm", {"variance": "fixedlarge"}, ancestral(True)),
@@ -176,7 +176,7 @@ ANSWERS = {"dpmpp_2m": multistep(2), "dpmpp_3m": multistep(3), "heun": heuns}
 @pytest.mark.parametrize("steps", [3, 10, 100])
 @pytest.mark.parametrize("name", ANSWERS)
 def test_gaussian_data_end_where_the_recursion_says(linear, name, steps):
-    """The whole map from x_T to x_0, for three spreads of the data: the slope is their variance, the offset the mean."""
+    """The whole map from x_T to x_0, for three spreads of the data; variance and mean follow from it."""
     sampler, times, x_T = samplers.make_sampler(name, linear), linear.times(steps), jnp.linspace(-3, 3, 13)
     spreads = np.array([1.0, 0.5, 0.1])
 
@@ -297,7 +297,7 @@ def test_ddim_with_eta_1_is_the_ancestral_sampler(linear):
         np.testing.assert_allclose(a, b, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["ddim", "dpmpp_2m", "heun"])
+@pytest.mark.parametrize("name", ["ddim", "dpmpp_2m", "dpmpp_3m", "heun"])
 def test_a_perfect_prediction_lands_on_the_marginal(linear, name):
     """x_t = alpha_t x_0 + sigma_t eps goes to alpha_s x_0 + sigma_s eps, for every pair of times."""
     sampler = samplers.make_sampler(name, linear)
@@ -311,6 +311,35 @@ def test_a_perfect_prediction_lands_on_the_marginal(linear, name):
             np.sqrt(BAR[s]) * x_0 + np.sqrt(1 - BAR[s]) * eps,
             atol=2e-3 if t == 1 else 5e-4 if name == "heun" else 1e-4,
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("ddpm", {}), ("ddim", {"eta": 0.7}), ("edm", {"churn": 0.3, "noise": 1.0})]
+)
+def test_a_perfect_prediction_keeps_the_marginal_of_random_steps(linear, name, options):
+    """x_t drawn from q(x_t | x_0) goes to x_s with the mean and the variance of q(x_s | x_0)."""
+    sampler, x_0 = samplers.make_sampler(name, linear, **options), 0.6
+    for t, s in [(900, 500), (300, 20), (20, 19)]:
+        x_t = np.sqrt(BAR[t]) * x_0 + np.sqrt(1 - BAR[t]) * np.random.default_rng(0).normal(size=90_000)
+        x_s, _ = sampler.step(lambda x, t: x_0 + 0 * x, jax.random.key(1), jnp.asarray(x_t, jnp.float32), t, s, ())
+        assert x_s.mean() == pytest.approx(np.sqrt(BAR[s]) * x_0, abs=5 * np.sqrt(1 - BAR[s]) / 300)
+        assert x_s.var() == pytest.approx(1 - BAR[s], rel=5 * np.sqrt(2) / 300)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "dpmpp_3m"])
+def test_one_denoiser_gives_the_same_samples_as_eps_x_0_or_v(linear, name):
+    ends, denoiser = [], exact(linear, 0.5)
+    for way in diffusion.PARAMETERIZATIONS.values():
+
+        def net(params, x_t, t, label, way=way):
+            alpha, sigma = diffusion.alpha_sigma(linear.logsnr(t))
+            x_0_hat = denoiser(x_t, t)
+            return way.target(x_0_hat, (x_t - alpha * x_0_hat) / sigma, linear.logsnr(t))
+
+        predict, sampler = diffusion.make_denoiser(net, linear, way, None), samplers.make_sampler(name, linear)
+        ends.append(samplers.sample(predict, sampler, linear.times(50), jax.random.key(0), (64,)))
+    np.testing.assert_allclose(ends[1], ends[0], atol=1e-3)
+    np.testing.assert_allclose(ends[2], ends[0], atol=1e-3)
 
 
 @pytest.mark.parametrize("case", LAST_STEPS)
