@@ -3,6 +3,10 @@
 A step is a folder with an item for each part of the TrainState and meta (JSON: counters, config, digests, versions).
 It counts once its commit marker is written, so a crash while saving leaves the step before. Orbax does not notice
 damaged array data, so each item has a checksum of our own, and a damaged step gives way to the one before it.
+
+    python -m ddpm_jax.checkpoint runs/digits
+
+lists the steps of a run, each read in full and compared with its checksums.
 """
 
 import contextlib
@@ -21,7 +25,7 @@ import orbax.checkpoint as ocp
 from flax import serialization
 
 from ddpm_jax import __version__, trees
-from ddpm_jax.errors import CheckpointError
+from ddpm_jax.errors import CheckpointError, ConfigError, run
 
 ARRAYS = ("params", "ema_params", "opt_state", "times", "averages")  # those that are empty are left out
 COUNTERS = ("step", "skipped", "skipped_in_row")
@@ -179,9 +183,7 @@ def load(folder, items, expect=None):
     with open_manager(folder, read_only=True) as manager:
         for step in reversed(steps(folder)):
             try:
-                meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-                if _digest_meta(meta) != meta["digests"]["meta"]:
-                    raise ValueError("the checksum of meta differs")
+                meta = _restore_meta(manager, step)
                 shapes = {name: manager.item_metadata(step)[name].tree for name in items}
             except Exception as error:  # a damaged file can make Orbax raise anything
                 reasons.append(_passed_over(step, error))
@@ -200,6 +202,27 @@ def load(folder, items, expect=None):
     if reasons:
         raise CheckpointError(f"no checkpoint in {folder} can be used: {'; '.join(reasons)}")
     raise CheckpointError(f"there is no checkpoint in {folder}")
+
+
+def verify(folder):
+    """(step, meta, fault) of every committed step, oldest first, all of it read; fault is None when it is whole."""
+    with open_manager(folder, read_only=True) as manager:
+        for step in steps(folder):
+            meta, fault = {}, None
+            try:
+                meta = _restore_meta(manager, step)
+                for name in meta["digests"].keys() - {"meta"}:
+                    _restore(manager, step, name, manager.item_metadata(step)[name].tree, meta)
+            except Exception as error:  # a damaged file can make Orbax raise anything
+                fault = " ".join(str(error).split())[:200]
+            yield step, meta, fault
+
+
+def _restore_meta(manager, step):
+    meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    if _digest_meta(meta) != meta["digests"]["meta"]:
+        raise ValueError("the checksum of meta differs")
+    return meta
 
 
 def _passed_over(step, error):
@@ -250,3 +273,26 @@ def versions():
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     flags = {name: str(getattr(jax.config, name)) for name in ("jax_default_prng_impl", "jax_threefry_partitionable")}
     return {"ddpm_jax": __version__} | {name: metadata.version(name) for name in names} | flags
+
+
+def main():
+    """List the steps of the run that the command line names; exit code 4 unless the newest is whole."""
+    if len(sys.argv) != 2:
+        raise ConfigError("name one folder of a run: python -m ddpm_jax.checkpoint runs/digits")
+    folder = Path(sys.argv[1]).expanduser() / "checkpoints"
+    quiet()
+    fault, meta = "there is none", None
+    for step, found, fault in verify(folder) if folder.is_dir() else ():
+        size = sum(path.stat().st_size for path in (folder / str(step)).rglob("*") if path.is_file())
+        print(f"step {step:>9,}  {size / 1e6:>10,.1f} MB  {'whole' if fault is None else 'DAMAGED: ' + fault}")
+        meta = meta if fault else found
+    if meta:
+        versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
+        print(f"newest whole: step {meta['step']:,}, skipped {meta['skipped']:,}; images {meta['shape']}; {versions}")
+    if fault:
+        raise CheckpointError(f"the newest checkpoint in {folder} cannot be used: {fault}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

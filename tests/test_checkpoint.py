@@ -249,3 +249,21 @@ def test_reading_leaves_the_folder_as_it_is(folder):
     before = sorted(os.listdir(folder))
     checkpoint.load(folder, ["params"])
     assert sorted(os.listdir(folder)) == before
+
+
+def test_the_list_of_steps_tells_whole_from_damaged(folder, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["checkpoint", str(folder.parent)])
+    assert checkpoint.main() == 0
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[:3]] == ["10", "20", "30"]
+    largest = max(data_files(folder), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 4
+    largest.write_bytes(content)
+    with pytest.raises(CheckpointError, match="the newest checkpoint in .* cannot be used: "):
+        checkpoint.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("MB")[1].split()[0] for line in lines[:3]] == ["whole", "whole", "DAMAGED:"]
+    assert lines[3].startswith("newest whole: step 20")
+    monkeypatch.setattr("sys.argv", ["checkpoint", str(folder / "nowhere")])
+    with pytest.raises(CheckpointError, match="there is none"):
+        checkpoint.main()
