@@ -99,7 +99,8 @@ def dpmpp_3m(schedule):
     """DPM-Solver++ of third order, multistep (Lu et al. 2022, eq. 4.2 with k = 3), one call of the network a step.
 
     The x_0_hat of the last three times, a parabola over half the log-SNR, is integrated exactly. The first step and
-    the one to clean data are of first order, the second step of second.
+    the one to clean data are of first order, the second step of second. Wide steps in log-SNR make the parabola
+    overshoot: take the spacing trailing when there are few.
     """
 
     def init(x_T):
