@@ -259,7 +259,7 @@ def test_the_list_of_steps_tells_whole_from_damaged(folder, monkeypatch, capsys)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 4
     largest.write_bytes(content)
-    with pytest.raises(CheckpointError, match="the newest checkpoint in .* cannot be used: "):
+    with pytest.raises(CheckpointError, match=r"the newest checkpoint in .* cannot be used: "):
         checkpoint.main()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("MB")[1].split()[0] for line in lines[:3]] == ["whole", "whole", "DAMAGED:"]

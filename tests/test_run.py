@@ -441,6 +441,6 @@ def test_a_run_that_diverges_names_the_last_good_checkpoint(script, tmp_path):
 
 
 def test_tensorflow_is_never_imported(environment):
-    code = "import sys, train, sample; import ddpm_jax.data.digits, ddpm_jax.experiment, ddpm_jax.checkpoint; "
+    code = "import sys, train, sample, evaluate; import ddpm_jax.data.digits, ddpm_jax.experiment; "
     code += "sys.exit('tensorflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=False).returncode == 0
