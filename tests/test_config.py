@@ -222,8 +222,10 @@ def test_python_values_pass_the_same_checks(make, fragment):
 ODD = Config(
     data=Data("folder:/srv/\u00fc b", "test", (8, 16), 3, True, 0.5, "~/data", ""),
     model=Model(8, (1,), 1, (), 2, 0.0, 10, True, "auto", "bfloat16", True),
-    diffusion=Diffusion("cosine", 4000, "v", "vlb", "fixedsmall"),
-    train=Train(1, 1, 2, 1e-30, 0, math.inf, 0.0, 1, 2**32 - 1, 1, 1, 1, 1, 1, 1, "ddim"),
+    diffusion=Diffusion(
+        "cosine", 4000, "v", "vlb", "learned", (1e-30, 0.1 + 0.2), True, 64, "output", "huber", "stratified", True, 0.1
+    ),
+    train=Train(1, 1, 2, 1e-30, 0, math.inf, 0.0, (0.05, 0.1), 7, 1, 2**32 - 1, 1, 1, 1, 1, 1, 1, "ddim"),
 )
 
 
