@@ -127,6 +127,10 @@ def make_plan(args, parts):
     # At evenly spaced log-SNRs Heun's steps are equally hard; where no signal is left the ODE cannot begin.
     times = schedule.times(min(args.ode_steps, config.T), "logsnr")
     times = times[np.asarray(schedule.logsnr(times)) > -math.inf]
+    if "ode" in args.metrics and len(times) < 3:
+        raise errors.ConfigError(
+            f"--ode-steps={args.ode_steps} with diffusion.T={config.T} leaves the ODE no step; it needs two times"
+        )
     ode = {"divergence": divergence, "limit": "none", "dequantization": "uniform", "spacing": "logsnr"}
     return {"bound": bound, "ode": ode | {"times": times, "network_evaluations": 2 * calls * (len(times) - 2)}}
 

@@ -146,6 +146,13 @@ def choose_edit(args, parts, root):
         raise errors.ConfigError(f"--{asked[0]} and --{asked[1]} exclude each other")
     if bool(args.inpaint) != bool(args.mask):
         raise errors.ConfigError("--inpaint and --mask go together")
+    if asked and parts.config.model.num_classes and args.label is None:
+        raise errors.ConfigError(f"--{asked[0]} with a model of classes needs one --label")
+    for name, needs in (("level", "interpolate"), ("jump", "inpaint"), ("repeats", "inpaint")):
+        if getattr(args, name) != getattr(Args, name) and not getattr(args, needs):
+            raise errors.ConfigError(f"--{name} belongs to --{needs}")
+    if args.inpaint and args.jump >= (args.steps or parts.config.diffusion.T):
+        raise errors.ConfigError(f"--jump={args.jump} must be less than the steps; nothing would be repeated")
     if args.interpolate:
         level = args.level or parts.schedule.T / 2
         if not 0 < level <= parts.schedule.T:
@@ -168,7 +175,7 @@ def read(path, shape):
 
     try:
         return images.to_unit(data.read(path, shape[:2], shape[-1]))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # Pillow raises whatever a broken file brings about
         raise errors.DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 

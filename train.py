@@ -72,7 +72,7 @@ def train(parts, dataset, workdir, say):
     """Algorithm 1 from the newest checkpoint, or from the beginning, to the last step; the exit code."""
     import jax
 
-    from ddpm_jax import checkpoint, data, experiment, keys, log, parallel, signals, training
+    from ddpm_jax import averages, checkpoint, data, experiment, keys, log, parallel, signals, training
 
     config, folder = parts.config.train, workdir / "checkpoints"
     init_state, train_step = experiment.make_training(parts)
@@ -82,6 +82,8 @@ def train(parts, dataset, workdir, say):
     else:
         state = init_state()
     first, last = int(state.step), config.steps
+    if parallel.is_first():
+        averages.drop_after(workdir / "averages", first - int(state.skipped))
 
     asked = signals.catch()
     manager = checkpoint.open_manager(folder, config.keep)
@@ -178,7 +180,7 @@ def store_averages(workdir, lengths, state):
     """Keep the power-function averages for good; one that cannot be written is missed with a warning."""
     from ddpm_jax import averages
 
-    updates = int(state.step - state.skipped)
+    updates = int(state.step) - int(state.skipped)  # on the host: other processes do not come by here
     if updates:
         try:
             averages.save(workdir / "averages", updates, dict(zip(lengths, state.averages, strict=True)))

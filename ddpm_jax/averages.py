@@ -124,20 +124,31 @@ def load(folder, step):
     return averages
 
 
+def drop_after(folder, step):
+    """Remove the snapshots after `step` updates, which a run that goes on from there writes again."""
+    for number in _steps(folder):
+        if number > step:
+            _path(folder, number).unlink()
+
+
+def _steps(folder):
+    numbers = [path.stem.removeprefix("step_") for path in Path(folder).glob("step_*.npz")]
+    return sorted(int(number) for number in numbers if number.isdigit())
+
+
 def stored(folder):
     """The snapshots of a folder that are whole, as a list of (step, sigma_rel), oldest first; each file is read.
 
     A damaged one is left out with a warning. Raises CheckpointError when none is left.
     """
-    numbers = [path.stem.removeprefix("step_") for path in Path(folder).glob("step_*.npz")]
-    snapshots = []
-    for step in sorted(int(number) for number in numbers if number.isdigit()):
+    snapshots, steps = [], _steps(folder)
+    for step in steps:
         try:
             snapshots += [(step, length) for length in load(folder, step)]
         except CheckpointError as error:
             warnings.warn(f"averages left out: {error}", stacklevel=2)
     if not snapshots:
-        raise CheckpointError(f"there are no averages in {folder}" + (" that can be used" if numbers else ""))
+        raise CheckpointError(f"there are no averages in {folder}" + (" that can be used" if steps else ""))
     return snapshots
 
 

@@ -44,8 +44,8 @@ def guided(net, scale, null, low=0.0, high=jnp.inf, channels=None):
 def self_conditioning(net, schedule, parameterization):
     """A network for (H, W, C) from one that takes (H, W, 2C): x_t and beside it an estimate of x_0 (Chen et al. 2023).
 
-    The estimate is the network's own x_0_hat given none (zeros), held constant; in training half of the images go
-    without. A sampler has a better one from its last step: samplers.self_conditioned.
+    The estimate is the network's own x_0_hat given none (zeros); in training it is held constant, and half of the
+    images go without. A sampler has a better one from its last step: samplers.self_conditioned.
     """
 
     def conditioned(params, x_t, t, key=None, label=None):
@@ -53,8 +53,10 @@ def self_conditioning(net, schedule, parameterization):
             return net(params, jnp.concatenate([x_t, estimate], -1), t, key, label)
 
         output = ask(jnp.zeros_like(x_t))[..., : x_t.shape[-1]]
-        estimate = lax.stop_gradient(clip(parameterization.x_0(output, x_t, schedule.logsnr(t))))
-        shown = True if key is None else jax.random.bernoulli(named(key, "self_conditioning"))
-        return ask(jnp.where(shown, estimate, 0.0))
+        estimate = clip(parameterization.x_0(output, x_t, schedule.logsnr(t)))
+        if key is not None:
+            shown = jax.random.bernoulli(named(key, "self_conditioning"))
+            estimate = jnp.where(shown, lax.stop_gradient(estimate), 0.0)
+        return ask(estimate)
 
     return conditioned

@@ -75,8 +75,10 @@ class Model(Section):
 
 @dataclasses.dataclass(frozen=True)
 class Diffusion(Section):
-    schedule: str = option("linear", "noise schedule, a name in ddpm_jax.schedules.SCHEDULES")
-    T: int = option(1000, "number of diffusion steps", at_least(1))
+    schedule: str = option("linear", "noise schedule, a name in ddpm_jax.schedules.SCHEDULES or CURVES")
+    T: int = option(
+        1000, "number of diffusion steps; of a continuous schedule, how many sampling takes when not told", at_least(1)
+    )
     parameterization: str = option("eps", "what the network outputs, a name in ddpm_jax.diffusion.PARAMETERIZATIONS")
     weighting: str = option("simple", "weight of the loss over time, a name in ddpm_jax.diffusion.WEIGHTINGS")
     variance: str = option(

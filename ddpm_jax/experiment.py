@@ -90,7 +90,8 @@ def _check_signal(names, schedule):
 def restore(workdir, weights):
     """(Experiment, parameters, step) of the newest whole checkpoint of a run.
 
-    weights: "ema", "raw", or the sigma_rel of an average of that length, put together from the stored ones.
+    weights: "ema", "raw", or the sigma_rel of an average of that length, put together from the stored ones; its step
+    is that of the last of them, counted in updates.
     """
     folder, parts = workdir / "checkpoints", None
     items = {"ema": ["ema_params"], "raw": ["params"]}.get(weights, [])
@@ -104,7 +105,8 @@ def restore(workdir, weights):
     if items:
         return parts, trees[items[0]], meta["step"]
     template = jax.eval_shape(parts.init, jax.random.key(0))
-    return parts, averages.reconstruct(workdir / "averages", template, float(weights)), meta["step"]
+    step = averages.stored(workdir / "averages")[-1][0]
+    return parts, averages.reconstruct(workdir / "averages", template, float(weights), step), step
 
 
 def parameter_count(experiment):
@@ -183,6 +185,10 @@ def make_generate(
         raise ConfigError(f"limit={limit} is not one of {', '.join(diffusion.LIMITS)}")
     if options.get("variance") == "learned" != names.variance:
         raise ConfigError("variance=learned, but the model has not learned one")
+    if interval and (guidance == 1 or not 0 <= interval[0] <= interval[1] <= schedule.T):
+        raise ConfigError(
+            f"interval={interval[0]:g},{interval[1]:g} needs guidance, and 0 <= LOW <= HIGH <= {schedule.T:g}"
+        )
     if guidance != 1:
         if not names.label_dropout:
             raise ConfigError(f"guidance={guidance:g} needs a model trained with diffusion.label_dropout")

@@ -62,11 +62,11 @@ def ddim(schedule, eta=0.0):
     def step(predict, key, x_t, t, s, memory):
         logsnr_t, logsnr_s = schedule.logsnr(t), schedule.logsnr(s)
         (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(logsnr_t), alpha_sigma(logsnr_s)
-        share = -jnp.expm1(logsnr_t - logsnr_s)
+        share = jnp.maximum(-jnp.expm1(logsnr_t - logsnr_s), 0)
         x_0_hat = predict(x_t, t)
         eps_hat = (x_t - alpha_t * x_0_hat) / sigma_t
         noise = jax.random.normal(key, x_t.shape)
-        kept, fresh = jnp.sqrt(1 - eta**2 * share), eta * jnp.sqrt(jnp.maximum(share, 0))
+        kept, fresh = jnp.sqrt(1 - eta**2 * share), eta * jnp.sqrt(share)
         return alpha_s * x_0_hat + sigma_s * (kept * eps_hat + fresh * noise), memory
 
     return Sampler(no_memory, step)
@@ -153,7 +153,7 @@ def edm(schedule, churn=0.1, noise=1.007, low=0.01, high=1.0):
 
     Where n = sigma / alpha lies between `low` and `high`, it is raised to (1 + churn) n, or for a discrete schedule to
     the time next to that, by noise of standard deviation `noise`. churn is the paper's S_churn / N, at most
-    sqrt(2) - 1; the defaults are its values for the VP CIFAR-10 model.
+    sqrt(2) - 1; the defaults are near its values for the VP CIFAR-10 model.
     """
     if not 0 <= churn <= 0.4143:
         raise ConfigError(f"churn={churn} must be from 0 to sqrt(2) - 1")
@@ -189,7 +189,10 @@ def make_sampler(name, schedule, defaults=(), **options):
 
 
 def with_preview(sampler):
-    """`sampler` with the last x_0_hat kept: its memory is (its own, x_0_hat)."""
+    """`sampler` with the last x_0_hat at a visited time kept: its memory is (its own, x_0_hat).
+
+    No further call of the network, but for edm, which asks at a time of its own.
+    """
 
     def init(x_T):
         return sampler.init(x_T), jnp.zeros_like(x_T)
@@ -197,7 +200,7 @@ def with_preview(sampler):
     def step(predict, key, x_t, t, s, memory):
         prediction = predict(x_t, t)
 
-        def remember(x, time):  # the sampler's first question has been answered already
+        def remember(x, time):  # what most samplers ask first has been answered already
             return prediction if x is x_t and time is t else predict(x, time)
 
         x_s, own = sampler.step(remember, key, x_t, t, s, memory[0])
@@ -235,8 +238,8 @@ def sample(predict, sampler, times, key, shape):
 def follow(predict, sampler, times, key, x, frames=1, view=lambda x, memory: x):
     """(path, memory) of a sampler from `x` at times[0] through all `times`; the one loop over time there is.
 
-    path: `view` of (x, memory) at `frames` moments evenly spread over the way, the last of them the end,
-    (frames, ...). There are no more frames than steps.
+    path: `view` of (x, memory), an array like x, at `frames` moments evenly spread over the way, (frames, ...); the
+    last of them is x itself at the end. There are no more frames than steps.
     """
     times, n = jnp.asarray(times), len(times) - 1
     frames = min(frames, n)
@@ -248,10 +251,9 @@ def follow(predict, sampler, times, key, x, frames=1, view=lambda x, memory: x):
         x, memory = sampler.step(predict, jax.random.fold_in(named(key, "step"), i), x, t, s, memory)
         return (x, memory, path.at[slot].set(view(x, memory))), None
 
-    memory = sampler.init(x)
-    start = (x, memory, jnp.zeros((frames, *jnp.shape(view(x, memory))), x.dtype))
-    (_, memory, path), _ = lax.scan(body, start, (np.arange(n), slots, times[:-1], times[1:]))
-    return path, memory
+    start = (x, sampler.init(x), jnp.zeros((frames, *x.shape), x.dtype))
+    (x, memory, path), _ = lax.scan(body, start, (np.arange(n), slots, times[:-1], times[1:]))
+    return path.at[-1].set(x), memory
 
 
 def make_generate(denoiser, sampler, times, start, frames=1, view=lambda x, memory: x):

@@ -68,7 +68,7 @@ def loss_aware(bins=64, decay=0.9, floor=0.001, patience=10):
         at = jax.vmap(draw_u)(keys) * jnp.sum(share)
         bin = jnp.minimum(jnp.searchsorted(jnp.cumsum(share), at, side="right"), bins - 1)
         within = 1 - (jnp.cumsum(share)[bin] - at) / share[bin]
-        return (bin + jnp.clip(within, 0, 1 - 1e-6)) / bins, 1 / (bins * share[bin])
+        return jnp.minimum((bin + jnp.clip(within, 0, 1)) / bins, 1 - 2**-24), 1 / (bins * share[bin])
 
     def observe(u, loss):
         here = jax.nn.one_hot(jnp.floor(u * bins).astype(int), bins)

@@ -296,3 +296,11 @@ def test_a_snapshot_that_cannot_be_written_is_an_error(tracked, tmp_path):
     (tmp_path / "averages").write_text("a file where the folder should be")
     with pytest.raises(CheckpointError, match="step 7 were not written"):
         averages.save(tmp_path / "averages", 7, snapshot(tracked, 7))
+
+
+def test_a_run_that_goes_back_drops_what_came_after(folder):
+    averages.drop_after(folder, STEPS - 2 * EVERY)
+    assert averages.stored(folder)[-1][0] == STEPS - 2 * EVERY
+    averages.drop_after(folder, 0)
+    assert not list(folder.iterdir())
+    averages.drop_after(folder / "nowhere", 0)

@@ -194,11 +194,16 @@ def test_the_estimate_shown_is_an_image_whatever_the_output(linear, kind):
 
 
 def test_the_gradient_takes_the_estimate_as_given(linear):
-    """d/dw of w x + u (w x), the bracket held constant, is x; to let it flow would add u x. And d/du is w x."""
+    """d/dw of w x + u (w x), the bracket held constant, is x; to let it flow would add u x. And d/du is w x.
+
+    So in training, where half of the images have no bracket; the derivative of an evaluation is the whole one.
+    """
     net = conditioning.self_conditioning(affine, linear, diffusion.PARAMETERIZATIONS["x_0"])
-    of_w, of_u = jax.grad(lambda params: net(params, image(0.8), 7)[0, 0, 0])((0.5, 0.25))
-    assert of_w == pytest.approx(0.8)
-    assert of_u == pytest.approx(0.4)
+    slopes = jax.grad(lambda params, key: net(params, image(0.8), 7, key)[0, 0, 0])
+    of_w, of_u = jax.vmap(slopes, (None, 0))((0.5, 0.25), keys_of(50))
+    np.testing.assert_allclose(of_w, 0.8, rtol=1e-6)
+    np.testing.assert_allclose(np.unique(np.asarray(of_u)), [0, 0.4], rtol=1e-6)
+    assert slopes((0.5, 0.25), None)[0] == pytest.approx(0.8 + 0.25 * 0.8)
 
 
 def test_half_of_the_training_images_see_an_estimate(linear):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from ddpm_jax import diffusion, likelihood, schedules
+from ddpm_jax import conditioning, diffusion, likelihood, schedules
 
 LN2 = np.log(2)
 KEY = jax.random.key(0)
@@ -322,6 +322,28 @@ def test_ode_density_of_gaussian_data(name, spread):
             lambda x, how=divergence: likelihood.ode_log_density(exact(schedule, spread), schedule, times, x, KEY, how)
         )(x_0)
         assert float(found) / 16 / LN2 == pytest.approx(wanted / 16 / LN2, abs=2e-3)
+
+
+def test_ode_density_of_a_network_that_conditions_on_itself():
+    """One that answers by way of its own estimate alone has the density of the same answer given at once."""
+    schedule, way = schedules.make_schedule("vp"), diffusion.PARAMETERIZATIONS["x_0"]
+    times, x_0, told = (
+        schedule.times(100, "logsnr"),
+        gaussian_image(0.1, (4, 4, 1), mean=0.0),
+        exact(schedule, 0.1, 0.0),
+    )
+
+    def net(params, pair, t, key=None, label=None):
+        x_t, estimate = jnp.split(pair, 2, -1)
+        return jnp.where(jnp.any(estimate != 0), estimate, told(x_t, t))
+
+    both = conditioning.self_conditioning(net, schedule, way)
+    predict = diffusion.make_denoiser(both, schedule, way, None)
+    found, wanted = (
+        jax.jit(lambda x, how=how: likelihood.ode_log_density(how, schedule, times, x, KEY))(x_0)
+        for how in (predict, told)
+    )
+    assert found == pytest.approx(float(wanted), abs=0.05)
 
 
 def correlated(schedule, covariance):

@@ -330,13 +330,23 @@ def test_all_that_a_state_can_hold_survives_a_stop(script, tmp_path):
         ["--weights=0.08", "--guidance=2", "--interval=100,900", "--gif", "--preview", "--limit=dynamic"],
         ["--sampler=dpmpp_3m", "--spacing=logsnr"],
         ["--sampler=edm", "--churn=0.2", "--weights=raw"],
-        [f"--interpolate={a},{a}", "--sampler=ddim"],
-        [f"--inpaint={a}", f"--mask={a}", "--jump=2", "--repeats=2"],
-        [f"--reconstruct={a}", "--sampler=ddim"],
+        ["--label=3", f"--interpolate={a},{a}", "--sampler=ddim"],
+        ["--label=3", f"--inpaint={a}", f"--mask={a}", "--jump=2", "--repeats=2", "--gif", "--preview"],
+        ["--label=3", f"--reconstruct={a}", "--sampler=ddim"],
     ):
         done = script("sample.py", *options, *extra)
         assert done.returncode == 0, done.stderr
     assert len(np.load(workdir / "out" / "samples.npz")["images"]) == 1
+    for extra, fragment in (
+        ([f"--reconstruct={a}", "--sampler=ddim"], "needs one --label"),
+        (["--interval=100,900"], "needs guidance"),
+        (["--guidance=2", "--interval=900,100"], "0 <= LOW <= HIGH <= 1000"),
+        (["--jump=3"], "--jump belongs to --inpaint"),
+        (["--label=3", f"--inpaint={a}", f"--mask={a}"], "--jump=10 must be less than the steps"),
+    ):
+        done = script("sample.py", *options, *extra)
+        assert done.returncode == 2, done.stderr
+        assert fragment in done.stderr
 
 
 def test_dry_run_writes_nothing(script, tmp_path):

@@ -457,3 +457,24 @@ def test_the_readmes_own_sampler_works(linear):
     args = linear.times(10), jax.random.key(0), (16,)
     found = samplers.sample(exact(linear, 0.5), sampler, *args)
     np.testing.assert_allclose(found, samplers.sample(exact(linear, 0.5), samplers.ddim(linear), *args), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+def test_a_preview_ends_with_the_sample_itself(linear, name):
+    """Whatever the frames before it show; and no sample is changed by it."""
+    sampler, key = samplers.make_sampler(name, linear), jax.random.key(0)
+    args, x_T = (linear.times(6), key), samplers.pure_noise(key, (4,))
+    path, _ = samplers.follow(
+        exact(linear, 0.5), samplers.with_preview(sampler), *args, x_T, frames=6, view=lambda x, memory: memory[1]
+    )
+    np.testing.assert_allclose(path[-1], samplers.sample(exact(linear, 0.5), sampler, *args, (4,)), atol=1e-6)
+    assert np.abs(path[0] - MEAN).max() < 0.2  # x_0_hat from pure noise is nearly the mean of the data
+
+
+def test_ddim_goes_up_to_where_no_signal_is_left():
+    """From t = 500 to T of a schedule with alphas_bar_T = 0: what arrives is eps_hat alone."""
+    schedule = schedules.make_schedule("linear", zero_terminal_snr=True)
+    x_0, eps = np.random.default_rng(0).normal(size=(2, 16))
+    x_t = diffusion.q_sample(x_0, eps, schedule.logsnr(500))
+    x_s, _ = samplers.ddim(schedule).step(lambda x, t: jnp.asarray(x_0), jax.random.key(0), x_t, 500, 1000, ())
+    np.testing.assert_allclose(x_s, eps, atol=1e-4)

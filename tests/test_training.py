@@ -275,6 +275,17 @@ def test_loss_aware_times_follow_the_loss_and_leave_its_mean():
     np.testing.assert_allclose(weight, 1, rtol=1e-5)
 
 
+def test_loss_aware_times_stay_below_1():
+    """Also for a draw at the very end of the last bin, where rounding could leave [0, 1) and with it 1..T."""
+    sampling, last = training.loss_aware(floor=0.0), np.nextafter(np.float32(1), np.float32(0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "draw_u", lambda key: last)
+        for seed in range(20):
+            square = np.random.default_rng(seed).uniform(0.1, 10, 64)
+            u, _ = drawn_us(sampling, 2, (jnp.asarray(square), jnp.full(64, 99.0)))
+            assert np.all(u < 1)
+
+
 def test_loss_aware_memory_learns_the_square_of_the_loss():
     def known(params, key, x_0, label, u):
         return params["w"] * 0 + 1 + 3 * (u > 0.5)

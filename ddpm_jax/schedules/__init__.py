@@ -174,6 +174,8 @@ def make_schedule(name, T=1000, betas=(), zero_terminal_snr=False, resolution=0,
             raise ConfigError(f"diffusion.schedule={name} is continuous and takes no betas and no zero_terminal_snr")
         schedule = ContinuousSchedule(CURVES[name])
     else:
+        if zero_terminal_snr and T < 2:
+            raise ConfigError("diffusion.zero_terminal_snr needs diffusion.T of at least 2")
         betas = np.asarray(betas, np.float64) if len(betas) else SCHEDULES[name](T)
         schedule = from_betas(zero_terminal(betas) if zero_terminal_snr else betas)
     return schedule.shifted(2 * math.log(base_resolution / resolution)) if base_resolution else schedule

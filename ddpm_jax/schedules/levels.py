@@ -79,7 +79,7 @@ def zero_terminal(betas):
 
 
 def linear_logsnr(t, high=13.3, low=-10.0):
-    """Kingma et al. 2021: log-SNR falls in a straight line; they start at 13.3 and learn both ends from there."""
+    """Kingma et al. 2021: log-SNR falls in a straight line; they learn both ends; these are ours."""
     return high + (low - high) * t
 
 

@@ -11,7 +11,7 @@ def trailing(table, n):
 
 
 def leading(table, n):
-    """n steps of the fixed stride T // n upward from t = 1, then 0 (DDIM's published tables)."""
+    """n steps of the fixed stride T // n upward from t = 1, then 0 (DDIM's published tables, where n divides T)."""
     return np.append(1 + (len(table) - 1) // n * np.arange(n)[::-1], 0).astype(np.int32)
 
 
