@@ -17,8 +17,8 @@ from ddpm_jax.samplers import follow, pure_noise
 def encode(predict, sampler, schedule, times, x_0):
     """x at times[0] from which `sampler`, DDIM at eta = 0, leads over the same falling `times` back to nearly x_0.
 
-    Song, Meng & Ermon 2020, section 4.3. The deterministic
-    steps are taken upwards, from the last time above 0, where x_0 is taken to be without noise.
+    Song, Meng & Ermon 2020, section 4.3. The deterministic steps are taken upwards, from the last time above 0, where
+    x_0 is taken to be without noise.
     """
     up = np.asarray(times)[-2::-1]
     x = alpha_sigma(schedule.logsnr(up[0]))[0] * x_0
