@@ -4,19 +4,15 @@ The same command again resumes. Everything of the run is in its folder; sample.p
 """
 
 import dataclasses
-import json
-import os
-import shutil
-import subprocess
 import sys
 import time
 import warnings
-from datetime import UTC, datetime
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from ddpm_jax import config as configs
 from ddpm_jax import errors, options
-from ddpm_jax.files import lock, write_atomic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +20,19 @@ class Args(options.Arguments):
     config: configs.Config = dataclasses.field(default_factory=configs.Config)
     config_file: str = "configs/digits.py"
     workdir: str = options.option("", "folder of the run; runs/NAME of the config file when empty")
+    step: int = options.option(
+        0, "checkpoint to go on from, later ones being set aside; 0 for the newest", options.at_least(0)
+    )
+    allow_change: tuple[str, ...] = options.option(
+        (), "fields, such as train.batch_size,data.source, that may differ from those of the run in the folder"
+    )
+    strict_data: bool = options.option(False, "take no folder with a picture that cannot be read")
     dry_run: bool = options.option(False, "build, count, compile, take one step on made-up data, and leave")
     platform: str = options.option("auto", "what to run on", options.one_of("auto", "cpu", "gpu", "tpu"))
     distributed: str = options.option("auto", "several processes: auto, off or HOST:PORT,ID,COUNT")
+    heartbeat: int = options.option(
+        100, "seconds of silence after which a process counts as lost and the others end", options.at_least(1)
+    )
     cpu_devices: int = options.option(
         0, "as how many devices a CPU is used; 0 for up to one a core", options.at_least(0)
     )
@@ -35,76 +41,138 @@ class Args(options.Arguments):
 
 def main():
     args = options.parse(Args, sys.argv[1:], "train.py", __doc__, configs.load)
+    if args.strict_data:
+        args = options.replace(args, {"config.data.max_unreadable": 0.0})
     workdir = Path(args.workdir or f"runs/{Path(args.config_file).stem}").expanduser()
 
-    from ddpm_jax import checkpoint, data, experiment, log, parallel
+    from ddpm_jax import checkpoint, data, log, parallel, runs, signals
 
-    check_folder(workdir, args.config)
     checkpoint.quiet()
-    batch_size, accumulate = args.config.train.batch_size, args.config.train.accumulate
-    parallel.start(batch_size, accumulate, args.platform, args.distributed, args.cpu_devices)
-    parallel.check_batch_size(batch_size, accumulate)
+    config = args.config.train
+    parallel.start(
+        config.batch_size, config.accumulate, args.platform, args.distributed, args.cpu_devices, args.heartbeat
+    )
     say = log.note if parallel.is_first() else lambda text: None
     say(f"ddpm_jax {checkpoint.versions()['ddpm_jax']} on {parallel.describe()}")
-    if args.dry_run:
-        return dry_run(args.config, say)
+    less = "try a smaller train.batch_size, train.accumulate=2 or more, or model.remat=true"
+    with signals.caught() as asked, parallel.memory_for(less):
+        if args.dry_run:
+            parallel.check_batch_size(config.batch_size, config.accumulate)
+            return dry_run(args.config, say)
+        parts, dataset = parallel.together(lambda: prepare(args, workdir, say))
+        fingerprint = data.fingerprint(dataset)
+        runs.check_same(args.config, fingerprint)
+        done = max(checkpoint.steps(workdir / "checkpoints"), default=0)
+        if done >= config.steps and not args.step:
+            say(f"already finished at step {done:,}; for more, --config.train.steps={2 * done}")
+            return 0
+        # All is checked: from here on the folder of the run is written.
+        parallel.together(lambda: parallel.is_first() and runs.claim(workdir))
+        return train(args, parts, dataset, fingerprint, workdir, asked, say)
 
-    dataset = data.load(**vars(args.config.data))
+
+def prepare(args, workdir, say):
+    """(Experiment, Dataset), after all checks that need no device."""
+    from ddpm_jax import data, experiment, parallel, runs
+
+    config = args.config
+    parallel.check_batch_size(config.train.batch_size, config.train.accumulate)
+    runs.check(workdir, config, args.allow_change)
+    dataset = data.load(**vars(config.data))
     images = "x".join(map(str, dataset.images.shape[1:]))
-    say(f"{args.config.data.source}: {len(dataset.images):,} images of {images}")
-    dataset = with_labels(dataset, args.config.model.num_classes)
-    data.batch(dataset, 0, 0, args.config.train.batch_size)  # refuses too few images
-    parts = experiment.make(args.config, dataset.images.shape[1:])
+    say(f"{config.data.source}: {len(dataset.images):,} images of {images}")
+    dataset = with_labels(dataset, config.model.num_classes)
+    data.batch(dataset, 0, 0, config.train.batch_size)  # refuses too few images
+    parts = experiment.make(config, dataset.images.shape[1:])
     say(
-        f"U-Net of {experiment.parameter_count(parts):,} parameters; {args.config.train.steps:,} steps "
-        f"of {args.config.train.batch_size} images"
+        f"U-Net of {experiment.parameter_count(parts):,} parameters; {config.train.steps:,} steps "
+        f"of {config.train.batch_size} images"
     )
-    done = max(checkpoint.steps(workdir / "checkpoints"), default=0)
-    if done >= args.config.train.steps:
-        say(f"already finished at step {done:,}; for more, --config.train.steps={2 * done}")
-        return 0
-    if parallel.is_first():  # all is checked: from here on the folder of the run is written
-        start_folder(workdir, args.config)
-    return train(parts, dataset, workdir, say)
+    return parts, dataset
 
 
-def train(parts, dataset, workdir, say):
-    """Algorithm 1 from the newest checkpoint, or from the beginning, to the last step; the exit code."""
+class Run(NamedTuple):
+    parts: Any  # experiment.Experiment
+    dataset: Any
+    workdir: Path
+    entries: dict  # what the checkpoints' meta says besides the state
+    train_step: Callable  # mapped over the devices
+    write_grid: Callable
+    asked: Callable  # () -> exit code or None
+    feed: Callable  # the watchdog
+    say: Callable
+
+
+class RollBack(Exception):
+    """A step was not finite."""
+
+
+def train(args, parts, dataset, fingerprint, workdir, asked, say):
+    """Algorithm 1 from a checkpoint, or from the beginning, to the last step; the exit code."""
     import jax
 
-    from ddpm_jax import averages, checkpoint, data, experiment, keys, log, parallel, signals, training
+    from ddpm_jax import checkpoint, experiment, parallel, runs, signals
 
     config, folder = parts.config.train, workdir / "checkpoints"
     init_state, train_step = experiment.make_training(parts)
-    window = []  # metrics of the steps since the last line of the log
-    if checkpoint.steps(folder):
-        state, window = resume(folder, jax.eval_shape(init_state), len(dataset.images), say)
-    else:
-        state = init_state()
+    entries = {"config": dataclasses.asdict(parts.config), "shape": parts.shape, "data": fingerprint}
+    entries |= {"devices": parallel.describe()}
+    step, rollbacks, tries = args.step or None, 0, {}
+    with signals.watchdog(config.watchdog, config.watchdog_abort) as feed:
+        train_step, write_grid = parallel.pmap_step(train_step), make_grid_writer(parts, workdir)
+        run = Run(parts, dataset, workdir, entries, train_step, write_grid, asked, feed, say)
+        while True:
+            state, window = None, []  # metrics of the steps since the last line of the log
+            if checkpoint.steps(folder) or step:
+                state, meta, told = runs.resume(
+                    parts, jax.eval_shape(init_state), fingerprint, workdir, step, args.allow_change
+                )
+                window, rollbacks = meta["window"], max(rollbacks, meta["rollbacks"])
+                for line in told:
+                    say(line)
+            else:
+                state = init_state()
+            parallel.together(lambda: parallel.is_first() and runs.record(workdir, parts.config))
+            try:
+                return follow(run, state, window, rollbacks)
+            except RollBack as error:
+                good = max(checkpoint.steps(folder), default=0)
+                rollbacks, step, tries[good] = rollbacks + 1, None, tries.get(good, 0) + 1
+                if tries[good] > config.max_skipped:
+                    raise errors.Diverged(f"{error}, after {config.max_skipped} roll-backs to step {good}") from error
+                warnings.warn(
+                    f"{error}; going back to step {good}, on to other batches and noise "
+                    f"({tries[good]} of at most {config.max_skipped} times)",
+                    stacklevel=2,
+                )
+
+
+def follow(run, state, window, rollbacks):
+    """Every step from `state` on, with all that is written on the way; the exit code."""
+    from ddpm_jax import averages, checkpoint, data, experiment, keys, log, parallel, training
+
+    config, say = run.parts.config.train, run.say
     first, last = int(state.step), config.steps
     if parallel.is_first():
-        averages.drop_after(workdir / "averages", first - int(state.skipped))
-
-    asked = signals.catch()
-    manager = checkpoint.open_manager(folder, config.keep)
-    keep = checkpoint.make_keeper(manager)
-    writer = log.open_log(workdir, first, last) if parallel.is_first() else log.Log(lambda row: None, lambda: None)
-    rows, root = parallel.local_rows(config.batch_size), keys.root(config.seed, "train")
+        averages.drop_after(run.workdir / "averages", first - int(state.skipped))
+    manager = checkpoint.open_manager(run.workdir / "checkpoints", config.keep, config.keep_every)
+    keep, agree = checkpoint.make_keeper(manager), parallel.make_agree()
+    writer = log.open_log(run.workdir, first, last) if parallel.is_first() else log.Log(lambda row: None, lambda: None)
+    rows, seed = parallel.local_rows(config.batch_size), config.seed + rollbacks * 2**32  # seeds are below 2**32
+    root = keys.root(config.seed, f"train {rollbacks}" if rollbacks else "train")
     batches = data.prefetch(
-        lambda step: parallel.shard(data.batch(dataset, config.seed, step, config.batch_size, rows)), first, last
+        lambda step: parallel.shard(data.batch(run.dataset, seed, step, config.batch_size, rows)), first, last
     )
-    write_grid = make_grid_writer(parts, workdir)
-    train_step, state = parallel.pmap_step(train_step), parallel.replicate(state)
-    learning_rate = experiment.learning_rate(parts)
+    state, learning_rate = parallel.replicate(state), experiment.learning_rate(run.parts)
     begun, busy, waited, logged = time.monotonic(), 0.0, 0.0, first
     try:
         for step in range(first + 1, last + 1):
             clock = time.monotonic()
             batch = next(batches)
             waited += time.monotonic() - clock
-            state, metrics = train_step(state, batch, root)
+            state, metrics = run.train_step(state, batch, root)
             window.append(metrics)
-            code = parallel.agree(asked())
+            code = agree(run.asked())
             at_log, at_save = step % config.log_every == 0, step % config.checkpoint_every == 0
             ending = code is not None or step == last
             # Read the metrics one step late, while the device works on, except where they are needed now.
@@ -117,7 +185,8 @@ def train(parts, dataset, workdir, say):
                 on_host(metrics)
                 say(f"first step, compilation included: {time.monotonic() - clock:.1f} s")
                 busy, waited, logged = 0.0, 0.0, step
-            check_finite(window, config.max_skipped, step, manager)
+            run.feed()
+            check_finite(window, config, step, manager)
 
             if at_log or step == last:
                 row = log.mean(window)
@@ -133,47 +202,24 @@ def train(parts, dataset, workdir, say):
                 writer.write({"step": step} | row | rates | timing)
                 window, busy, waited, logged = [], 0.0, 0.0, step
             if step % config.sample_every == 0 or step == last:
-                write_grid(state, step)
+                run.write_grid(state, step)
             if config.averages and (step % config.average_every == 0 or step == last) and parallel.is_first():
-                store_averages(workdir, config.averages, state)
+                store_averages(run.workdir, config.averages, state)
             if at_save or ending:
-                entries = {"config": dataclasses.asdict(parts.config), "shape": parts.shape, "window": window}
-                entries |= {"images": len(dataset.images), "devices": parallel.describe()}
-                keep(state, last=ending, **entries)
+                keep(state, last=ending, window=window, rollbacks=rollbacks, **run.entries)
             else:
                 keep()
             if code is not None:
                 say(f"stopped by a signal; step {step:,} is saved and the same command goes on from it")
                 return code
     finally:
+        batches.close()
         manager.close()
         writer.close()
     took = log.clock(time.monotonic() - begun)
-    say(f"finished step {last:,} in {took}, loss {row['loss']:.4f}; samples: {workdir / 'samples'}")
-    say(f"more samples: python sample.py --workdir={workdir}")
+    say(f"finished step {last:,} in {took}, loss {row['loss']:.4f}; samples: {run.workdir / 'samples'}")
+    say(f"more samples: python sample.py --workdir={run.workdir}")
     return 0
-
-
-def resume(folder, template, images, say):
-    """(state, metrics not yet logged) of the newest whole checkpoint, after a look at what has changed since."""
-    from ddpm_jax import checkpoint, parallel
-
-    state, meta = checkpoint.restore_state(folder, template)
-    say(f"resuming at step {state.step:,} from {folder}")
-    if meta["images"] != images:
-        raise errors.ConfigError(
-            f"the run had {meta['images']:,} images, the data now have {images:,}: its batches would be others; "
-            "put the data back or take another --workdir"
-        )
-    then = meta["versions"] | {"devices": meta["devices"]}
-    now = checkpoint.versions() | {"devices": parallel.describe()}
-    changed = [f"{name} {then.get(name)} is now {now[name]}" for name in now if then.get(name) != now[name]]
-    if changed:
-        say(f"not bit-exact from here on, only to rounding: {'; '.join(changed)}")
-    if parallel.is_first():
-        checkpoint.set_aside(folder, int(state.step))
-    parallel.agree(None)  # no process lists the folder before that is done
-    return state, meta["window"]
 
 
 def store_averages(workdir, lengths, state):
@@ -193,21 +239,21 @@ def on_host(metrics):
     return {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
 
 
-def check_finite(window, most, step, manager):
-    """End the run after `most` steps in a row whose gradient was not finite. They changed nothing."""
+def check_finite(window, config, step, manager):
+    """Do as train.on_nan says when the gradient of the newest step known was not finite. It changed nothing."""
     from ddpm_jax import checkpoint
 
-    in_row = next((row["skipped_in_row"] for row in reversed(window) if isinstance(row["skipped_in_row"], int)), 0)
-    if in_row >= most:
-        checkpoint.finish(manager)
-        good = checkpoint.steps(manager.directory)
-        where = (
-            f"the last good checkpoint is {manager.directory / str(good[-1])}" if good else "no checkpoint was written"
-        )
-        raise errors.Diverged(
-            f"the gradient was not finite {in_row} steps in a row, up to step {step}; {where}; "
-            "try a lower train.learning_rate"
-        )
+    counts = ((back, row["skipped_in_row"]) for back, row in enumerate(reversed(window)))
+    back, in_row = next(((back, count) for back, count in counts if isinstance(count, int)), (0, 0))
+    if in_row < (config.max_skipped if config.on_nan == "skip" else 1):
+        return
+    checkpoint.finish(manager)
+    good = checkpoint.steps(manager.directory)
+    said = f"the gradient was not finite at step {step - back} ({in_row} in a row)"
+    if config.on_nan == "rollback":
+        raise RollBack(said)
+    where = f"the last good checkpoint is {manager.directory / str(good[-1])}" if good else "no checkpoint was written"
+    raise errors.Diverged(f"{said}; {where}; try a lower train.learning_rate")
 
 
 def make_grid_writer(parts, workdir):
@@ -273,53 +319,6 @@ def with_labels(dataset, num_classes):
         low, high = dataset.labels.min(), dataset.labels.max()
         raise errors.ConfigError(f"model.num_classes={num_classes}, but labels run from {low} to {high}")
     return dataset
-
-
-def check_folder(workdir, config):
-    """Refuse a folder that holds another experiment; some fields may differ (config.MAY_CHANGE)."""
-    from ddpm_jax import checkpoint
-
-    file = workdir / "config.json"
-    if not checkpoint.steps(workdir / "checkpoints"):
-        return  # nothing has been trained there yet
-    if file.exists():
-        changed = configs.differences(configs.from_json(file.read_text(), str(file)), config)
-        changed = [f"{name} is {a!r} there, {b!r} here" for name, a, b in changed if name not in configs.MAY_CHANGE]
-        if changed:
-            raise errors.ConfigError(f"{workdir} holds another run ({'; '.join(changed)}); take another --workdir")
-    else:
-        raise errors.ConfigError(f"{workdir} has checkpoints but no config.json; take another --workdir")
-
-
-def start_folder(workdir, config):
-    """Write config.json and run.json (versions, devices, command, git revision of every start)."""
-    from ddpm_jax import checkpoint, parallel
-
-    try:
-        (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
-        lock(workdir)
-        write_atomic(workdir / "config.json", configs.to_json(config).encode())
-        file = workdir / "run.json"
-        starts = json.loads(file.read_text()) if file.exists() else []
-        start = {
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "argv": sys.argv,
-            "devices": parallel.describe(),
-            "versions": checkpoint.versions() | {"python": sys.version.split()[0]},
-            "git": revision(),
-            "xla_flags": os.environ.get("XLA_FLAGS"),
-        }
-        write_atomic(file, (json.dumps([*starts, start], indent=2) + "\n").encode())
-    except OSError as error:
-        raise errors.ConfigError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
-
-
-def revision():
-    """The git revision of this code, if there is one."""
-    if not shutil.which("git"):
-        return None
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
 if __name__ == "__main__":

@@ -26,13 +26,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization
 
-from ddpm_jax import __version__, options, trees
+from ddpm_jax import __version__, options, parallel, trees
 from ddpm_jax.errors import CheckpointError, Diverged, UserError, run
 from ddpm_jax.files import lock
 
 ARRAYS = ("params", "ema_params", "opt_state", "times", "averages")  # those that are empty are left out
 COUNTERS = ("step", "skipped", "skipped_in_row")
-FORMAT = 2  # 1 had no fingerprint of the data and knew no roll-back
+FORMAT = 2
 MARKER = "commit_success.txt"
 ASIDE = ".aside"
 
@@ -86,15 +86,25 @@ def _digest_meta(meta):
     return zlib.crc32(json.dumps({**meta, "digests": None}, sort_keys=True).encode())
 
 
+class _Own(np.ndarray):
+    """An array that nobody else writes to: Orbax, which copies what it is given, need not."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
 def save(manager, state, **meta):
     """Start to save a TrainState with further entries of `meta`; the writing goes on behind.
 
     Raises Diverged when an array is not finite, CheckpointError when the disk has no room or Orbax refuses; the steps
     already there are untouched then.
     """
-    state = jax.device_get(state)
     step = int(state.step)
     items = {name: serialization.to_state_dict(getattr(state, name)) for name in _used(state)}
+    with ThreadPoolExecutor() as pool:  # copies and checksums free the interpreter, so that the cores share them
+        leaves, structure = jax.tree.flatten(jax.device_get(items))
+        items = jax.tree.unflatten(structure, pool.map(lambda leaf: np.array(leaf).view(_Own), leaves))
+        digests = {name: trees.digest(tree, pool.map) for name, tree in items.items()}
     bad = trees.not_finite(items)
     if bad:
         raise Diverged(f"step {step} was not saved: {bad[0]} is not finite (one of {len(bad)} such arrays)")
@@ -102,15 +112,8 @@ def save(manager, state, **meta):
     meta |= {name: int(getattr(state, name)) for name in COUNTERS}
     meta |= {"format": FORMAT, "versions": versions()}
     meta = json.loads(json.dumps(meta))
-    with ThreadPoolExecutor() as pool:  # zlib frees the interpreter, so that the cores share the items
-        digests = dict(zip(items, pool.map(trees.digest, items.values()), strict=True))
     meta["digests"] = digests | {"meta": _digest_meta(meta)}
-    free = shutil.disk_usage(manager.directory).free
-    if free < 1.1 * size:
-        raise CheckpointError(
-            f"step {step} was not saved: it needs {1.1 * size / 1e6:,.1f} MB and {manager.directory} "
-            f"has {free / 1e6:,.1f} MB free"
-        )
+    parallel.together(lambda: _check_room(manager.directory, step, 1.1 * size))
     try:
         saved = manager.save(
             step,
@@ -123,6 +126,14 @@ def save(manager, state, **meta):
     if not saved:
         raise CheckpointError(
             f"step {step} was not saved: {manager.directory} already holds step {steps(manager.directory)[-1]}"
+        )
+
+
+def _check_room(folder, step, size):
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise CheckpointError(
+            f"step {step} was not saved: it needs {size / 1e6:,.1f} MB and {folder} has {free / 1e6:,.1f} MB free"
         )
 
 
@@ -141,32 +152,38 @@ def finish(manager):
 def make_keeper(manager, patience=3):
     """keep(state=None, last=False, **meta): save a state now and then without ending the run when that fails.
 
-    To be called at every step, so that a save that failed behind is told at once. A failure is a warning; it is raised
-    when it is the `patience`-th with no good step between, or when the save is the `last`, which is waited for.
+    To be called at every step, so that a save that failed behind is told at once, as a warning. After `patience` such
+    failures with no good step between, or when the save is the `last`, which is waited for, it is raised.
     """
-    failures = []  # the newest good step at the time of each failure in a row
+    failures = []  # (newest good step at the time, what happened) of the failures in a row
+
+    def count(failure):
+        good = steps(manager.directory)[-1:]
+        failures[:] = [*(past for past in failures if past[0] == good), (good, failure)]
+        if len(failures) < patience:
+            warnings.warn(f"{failure}; training goes on", stacklevel=3)
+
+    def give_up():
+        if len(failures) >= patience:
+            raise failures[-1][1]
 
     def keep(state=None, last=False, **meta):
-        failure = None
         try:
             manager.check_for_errors()
-        except Exception as error:
-            failure = _failed(manager, error)
-        if state is not None:
-            try:
-                save(manager, state, **meta)
-                if last:
-                    finish(manager)
-            except CheckpointError as error:
-                if last:
-                    raise
-                failure = error
-        if failure:
-            good = steps(manager.directory)[-1:]
-            failures[:] = [*(step for step in failures if step == good), good]
-            if len(failures) == patience:
-                raise failure
-            warnings.warn(f"{failure}; training goes on", stacklevel=2)
+        except Exception as error:  # of several processes only the one that writes comes to know
+            count(_failed(manager, error))
+        if state is None:
+            return
+        parallel.together(give_up)
+        try:
+            save(manager, state, **meta)
+            if last:
+                parallel.together(lambda: finish(manager))
+        except CheckpointError as error:
+            if last:
+                raise
+            count(error)
+            give_up()
 
     return keep
 
@@ -201,10 +218,10 @@ def load(folder, items, expect=None, step=None, config=None):
         for found in [step] if step is not None else reversed(there):
             try:
                 meta = _restore_meta(manager, found)
-                if meta["format"] > FORMAT:
+                if meta["format"] != FORMAT:
                     raise CheckpointError(
-                        f"step {found} in {folder} has format {meta['format']}, this version reads up to {FORMAT}; "
-                        "update ddpm-jax"
+                        f"step {found} in {folder} has format {meta['format']} of ddpm_jax "
+                        f"{meta['versions']['ddpm_jax']}, this is {__version__} with format {FORMAT}; use the former"
                     )
                 shapes = {name: _shapes(manager, found, name) for name in items}
                 if expect:
@@ -240,13 +257,14 @@ def _restore_meta(manager, step):
     meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
     if _digest_meta(meta) != meta["digests"]["meta"]:
         raise ValueError("the checksum of meta differs")
-    return {"rollbacks": 0, "data": None} | meta  # what format 1 had not
+    return meta
 
 
 def _shapes(manager, step, name):
     if not (Path(manager.directory) / str(step) / name).is_dir():
         raise FileNotFoundError(f"it has no {name}")
-    return manager.item_metadata(step)[name].tree
+    handler = ocp.PyTreeCheckpointHandler()  # the manager's would read the shapes of all items
+    return handler.metadata(Path(manager.directory) / str(step) / name).tree
 
 
 def _restore(manager, step, name, shapes, meta):
@@ -254,7 +272,9 @@ def _restore(manager, step, name, shapes, meta):
         lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes, is_leaf=lambda x: hasattr(x, "shape")
     )
     tree = manager.restore(step, args=ocp.args.Composite(**{name: ocp.args.PyTreeRestore(restore_args=as_numpy)}))[name]
-    if trees.digest(tree) != meta["digests"][name]:
+    with ThreadPoolExecutor() as pool:
+        found = trees.digest(tree, pool.map)
+    if found != meta["digests"][name]:
         raise ValueError(f"the checksum of {name} differs")
     return tree
 
@@ -315,9 +335,8 @@ def main():
         print(f"step {step:>9,}  {_size(folder / str(step)):>10,.1f} MB  {f'DAMAGED: {fault}' if fault else 'whole'}")
         meta = meta if fault else found
     if meta:
-        versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
-        counted = ", ".join(f"{name.replace('_', ' ')} {meta[name]:,}" for name in (*COUNTERS, "rollbacks"))
-        print(f"newest whole: {counted}; data {meta['data']}; {versions}")
+        plain = {name: value for name, value in meta.items() if isinstance(value, (int, str))} | meta["versions"]
+        print("newest whole: " + ", ".join(f"{name} {value}" for name, value in plain.items()))
     for path in leftovers(folder):
         print(f"left over: {path.name}, {_size(path):,.1f} MB; --clean deletes it")
     if fault:

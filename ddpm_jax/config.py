@@ -111,11 +111,24 @@ class Train(Section):
         (), "lengths (sigma_rel) of averages stored for post-hoc EMA, such as 0.05,0.1; none when empty"
     )
     average_every: int = option(10_000, "steps between two stored averages", at_least(1))
-    max_skipped: int = option(10, "non-finite steps in a row after which the run ends", at_least(1))
+    on_nan: str = option(
+        "skip",
+        "a step that is not finite is left out (skip), ends the run (abort), or sends it back to the newest "
+        "checkpoint, on to other batches and noise (rollback)",
+        one_of("skip", "abort", "rollback"),
+    )
+    max_skipped: int = option(
+        10, "non-finite steps in a row, or roll-backs to one checkpoint, after which the run ends", at_least(1)
+    )
+    watchdog: int = option(
+        1800, "seconds without a finished step after which all stacks are shown; 0 for never", at_least(0)
+    )
+    watchdog_abort: bool = option(False, "then also end the process, for a supervisor to start it again")
     seed: int = option(0, "seed of everything random", at_least(0), ("below 2**32", lambda v: v < 2**32))
     log_every: int = option(100, "steps between two lines of metrics", at_least(1))
     checkpoint_every: int = option(5000, "steps between two checkpoints", at_least(1))
-    keep: int = option(3, "checkpoints kept", at_least(1))
+    keep: int = option(3, "newest checkpoints kept", at_least(1))
+    keep_every: int = option(0, "steps between two checkpoints kept for good; 0 for none", at_least(0))
     sample_every: int = option(5000, "steps between two grids of samples", at_least(1))
     sample_num: int = option(64, "images in a grid", at_least(1))
     sample_steps: int = option(100, "sampling steps of a grid's images", at_least(1))
@@ -136,6 +149,11 @@ class Config:
             raise ConfigError(
                 f"train.sample_steps={self.train.sample_steps} must be at most diffusion.T={self.diffusion.T}"
             )
+        if self.train.keep_every % self.train.checkpoint_every:
+            raise ConfigError(
+                f"train.keep_every={self.train.keep_every} must be a multiple of train.checkpoint_every="
+                f"{self.train.checkpoint_every}"
+            )
 
 
 # What may differ when a run is taken up again: how long, and how often something is written, not what is computed.
@@ -146,13 +164,17 @@ MAY_CHANGE = {
     "train.average_every",
     "train.checkpoint_every",
     "train.keep",
+    "train.keep_every",
     "train.log_every",
     "train.max_skipped",
+    "train.on_nan",
     "train.sample_every",
     "train.sample_num",
     "train.sample_steps",
     "train.sampler",
     "train.steps",
+    "train.watchdog",
+    "train.watchdog_abort",
 }
 
 

@@ -34,6 +34,12 @@ class Diverged(UserError):
     exit_code = 5
 
 
+class OutOfMemory(UserError):
+    """A device has too little memory for what it was given."""
+
+    exit_code = 1
+
+
 PREEMPTED = 75  # EX_TEMPFAIL: saved, run the same command again
 INTERRUPTED = 130  # Ctrl-C
 

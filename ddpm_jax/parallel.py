@@ -4,28 +4,32 @@ State is replicated and has no leading device axis (`in_axes=None, out_axes=None
 `pmap` is `jit(shard_map)` inside, so the program is an ordinary partitioned one.
 """
 
+import contextlib
 import importlib.util
+import json
 import os
 import re
 import warnings
 
 import jax
 import numpy as np
+from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ddpm_jax.errors import ConfigError, Diverged
+from ddpm_jax.errors import ConfigError, Diverged, OutOfMemory, UserError
 
 AXIS = "batch"
 
 
-def start(batch_size, accumulate=1, platform="auto", distributed="auto", cpu_devices=0):
+def start(batch_size, accumulate=1, platform="auto", distributed="auto", cpu_devices=0, heartbeat=100):
     """Choose the devices and join the other processes; to be called before any array is made.
 
     platform: auto, or cpu, gpu, tpu, which refuses anything else. distributed: off; auto, which joins where SLURM,
     Open MPI or a TPU pod says that there are several processes; or "HOST:PORT,ID,COUNT" spelled out. cpu_devices: as
     how many devices a CPU shows itself; 0 for one a core, as far as they divide the batch into shares of 16 images or
-    more (XLA uses several cores better so than from one device).
+    more (XLA uses several cores better so than from one device). heartbeat: seconds of silence after which a process
+    counts as lost and the others end.
     """
     if platform != "auto":
         jax.config.update("jax_platforms", platform)
@@ -40,9 +44,9 @@ def start(batch_size, accumulate=1, platform="auto", distributed="auto", cpu_dev
         raise ConfigError(f"--distributed={distributed} is not auto, off or HOST:PORT,ID,COUNT with ID below COUNT")
     try:
         if place:
-            jax.distributed.initialize(place[1], int(place[3]), int(place[2]))
+            jax.distributed.initialize(place[1], int(place[3]), int(place[2]), heartbeat_timeout_seconds=heartbeat)
         elif distributed == "auto" and _among_several():
-            jax.distributed.initialize()
+            jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
             f"cannot join the other processes ({str(error).splitlines()[0]}); --distributed=off trains alone"
@@ -81,11 +85,58 @@ def is_first():
     return jax.process_index() == 0
 
 
-def agree(code):
-    """The largest of all processes' exit codes, None counting as none, so that all leave after the same step."""
+def make_agree():
+    """agree(code): the largest exit code that a process gave at the call before this one, None counting as none.
+
+    So all leave after the same step, and no step waits for the others' answers. A lone process is answered at once.
+    """
     if jax.process_count() == 1:
-        return code
-    return int(multihost_utils.process_allgather(np.int32(code or 0)).max()) or None
+        return lambda code: code
+    largest = jax.pmap(lambda code: lax.pmax(code, AXIS), axis_name=AXIS, out_axes=None)
+    codes = []
+
+    def agree(code):
+        codes.append(largest(np.full(jax.local_device_count(), code or 0, np.int32)))
+        return int(codes.pop(0)) or None if len(codes) > 1 else None
+
+    return agree
+
+
+def gather(text):
+    """The texts that all processes give, in their order; waits for all."""
+    if jax.process_count() == 1:
+        return [text]
+    data = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(data)))
+    rows = multihost_utils.process_allgather(np.pad(data, (0, sizes.max() - len(data))))
+    return [row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]
+
+
+def together(work):
+    """work() in every process; the UserError of one is raised in all of them, so that none waits for one that left."""
+    result, failure = None, None
+    try:
+        result = work()
+    except UserError as error:
+        if jax.process_count() == 1:
+            raise
+        failure = error
+    told = gather(json.dumps([failure.exit_code, str(failure)] if failure else None))
+    for process, (code, text) in ((i, json.loads(answer)) for i, answer in enumerate(told) if answer != "null"):
+        kinds = {kind.exit_code: kind for kind in UserError.__subclasses__()}
+        raise kinds[code](f"{text} (process {process})") from failure
+    return result
+
+
+@contextlib.contextmanager
+def memory_for(what):
+    """Within it, a device that runs out of memory is an OutOfMemory that says `what` to do."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise OutOfMemory(f"a device has too little memory ({str(error).splitlines()[0][:160]}); {what}") from error
 
 
 def check_batch_size(batch_size, accumulate=1):

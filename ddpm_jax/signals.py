@@ -1,20 +1,72 @@
-"""SIGTERM and Ctrl-C: the loop ends after its step and saves; a second Ctrl-C leaves at once."""
+"""SIGTERM and Ctrl-C, which end the loop after its step, and a watchdog, which shows where it hangs."""
 
+import contextlib
+import faulthandler
 import os
 import signal
+import sys
+import threading
+import time
 
 from ddpm_jax.errors import INTERRUPTED, PREEMPTED
 
+CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED}
 
-def catch():
-    """Install the handlers and return asked(): the exit code that a signal has asked for, or None."""
-    received = []
+
+@contextlib.contextmanager
+def caught():
+    """Catch SIGTERM and Ctrl-C; the value is asked(): the exit code that a signal has asked for, or None.
+
+    Until asked() is called for the first time there is nothing to save, and a signal ends the process. After that a
+    second Ctrl-C does: whatever is being written is not committed, so nothing is harmed.
+    """
+    received, asking = [], False
 
     def handle(number, frame):
+        if not asking:
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(PREEMPTED)
         if received and number == signal.SIGINT:
-            os._exit(INTERRUPTED)  # whatever is being written is not committed, so nothing is harmed
+            os._exit(INTERRUPTED)
         received.append(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
-    return lambda: {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED}[received[0]] if received else None
+    def asked():
+        nonlocal asking
+        asking = True
+        return CODES[received[0]] if received else None
+
+    before = {number: signal.signal(number, handle) for number in CODES}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def watchdog(seconds, abort=False):
+    """Show the stacks of all threads whenever feed(), the value, is not called for `seconds`; 0 for never.
+
+    With `abort` the process then ends by SIGABRT (exit code 134 in a shell).
+    """
+    fed, ended = time.monotonic(), threading.Event()
+
+    def feed():
+        nonlocal fed
+        fed = time.monotonic()
+
+    def watch():
+        while not ended.wait(max(0.0, fed + seconds - time.monotonic())):
+            if time.monotonic() - fed >= seconds:
+                print(f"warning: no step has ended for {seconds} s; where each thread is:", file=sys.stderr, flush=True)
+                faulthandler.dump_traceback(sys.stderr)
+                if abort:
+                    os.abort()
+                feed()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    if seconds:
+        thread.start()
+    try:
+        yield feed
+    finally:
+        ended.set()

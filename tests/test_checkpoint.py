@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import warnings
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import checkpoint, parallel, training, trees
+from ddpm_jax import __version__, checkpoint, parallel, training, trees
 from ddpm_jax.errors import CheckpointError
 
 
@@ -165,9 +166,12 @@ def test_at_most_ten_differences_are_named(folder):
     assert str(caught.value).count("in the model") == 10
 
 
-def test_a_newer_format_is_refused(folder, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FORMAT", 0)
-    with pytest.raises(CheckpointError, match="has format 2, this version reads up to 0"):
+@pytest.mark.parametrize("own", [1, 3])
+def test_fault_26_another_format_is_refused(folder, monkeypatch, own):
+    monkeypatch.setattr(checkpoint, "FORMAT", own)
+    monkeypatch.setattr(checkpoint, "__version__", "9.9")
+    told = f"has format 2 of ddpm_jax {re.escape(__version__)}, this is 9.9 with format {own}"
+    with pytest.raises(CheckpointError, match=told):
         restored_step(folder)
 
 
@@ -263,7 +267,7 @@ def test_the_list_of_steps_tells_whole_from_damaged(folder, monkeypatch, capsys)
         checkpoint.main()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("MB")[1].split()[0] for line in lines[:3]] == ["whole", "whole", "DAMAGED:"]
-    assert lines[3].startswith("newest whole: step 20")
+    assert lines[3].startswith("newest whole: step 20, skipped 2,")
     monkeypatch.setattr("sys.argv", ["checkpoint", str(folder / "nowhere")])
     with pytest.raises(CheckpointError, match="there is no run in"):
         checkpoint.main()

@@ -1,0 +1,117 @@
+"""The folder of a run: whose it is, who started it when, and what has changed since its checkpoints were written."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ddpm_jax import checkpoint, parallel, trees
+from ddpm_jax import config as configs
+from ddpm_jax.errors import ConfigError
+from ddpm_jax.files import lock, write_atomic
+from ddpm_jax.options import nearest
+
+
+def check(workdir, config, allowed=()):
+    """Refuse a folder that holds another experiment; fields in config.MAY_CHANGE and those `allowed` may differ."""
+    known = {name for name, _, _, _ in configs.leaves(configs.Config, config)}
+    for name in allowed:
+        if name not in known:
+            meant = "".join(f"; did you mean {near}?" for near in nearest(name, known))
+            raise ConfigError(f"--allow-change={name} is no field of the config{meant}")
+    file = workdir / "config.json"
+    if not checkpoint.steps(workdir / "checkpoints"):
+        return  # nothing has been trained there yet
+    if not file.exists():
+        raise ConfigError(f"{workdir} has checkpoints but no config.json; take another --workdir")
+    changed = configs.differences(configs.from_json(file.read_text(), str(file)), config)
+    changed = [(name, f"{name} is {a!r} there, {b!r} here") for name, a, b in changed if name not in configs.MAY_CHANGE]
+    refused = {name: text for name, text in changed if name not in allowed}
+    if refused:
+        raise ConfigError(
+            f"{workdir} holds another run ({'; '.join(refused.values())}); take another --workdir, or go on with it as "
+            f"another experiment by --allow-change={','.join(refused)}"
+        )
+    for _, text in changed:
+        warnings.warn(f"going on as another experiment: {text}", stacklevel=2)
+
+
+def check_same(config, data):
+    """Raise ConfigError in all processes unless all were started with the same config, data and versions."""
+    own = {"config": dataclasses.asdict(config), "data": data, "versions": checkpoint.versions()}
+    first, *others = map(json.loads, parallel.gather(json.dumps(own)))
+    for process, other in enumerate(others, 1):
+        differ = trees.differences(first, other, "{} is {!r} in process 0, {!r} in process " + str(process))
+        if differ:
+            raise ConfigError(f"the processes do not do the same: {'; '.join(differ[:10])}")
+
+
+def claim(workdir):
+    """Make the folder and keep other runs out of it for as long as this process lives."""
+    try:
+        (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        lock(workdir)
+    except OSError as error:
+        raise ConfigError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
+
+
+def record(workdir, config):
+    """Write config.json, and add this start to run.json: versions, devices, command, git revision."""
+    try:
+        write_atomic(workdir / "config.json", configs.to_json(config).encode())
+        file = workdir / "run.json"
+        starts = json.loads(file.read_text()) if file.exists() else []
+        this = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "argv": sys.argv,
+            "devices": parallel.describe(),
+            "versions": checkpoint.versions() | {"python": sys.version.split()[0]},
+            "git": revision(),
+            "xla_flags": os.environ.get("XLA_FLAGS"),
+        }
+        write_atomic(file, (json.dumps([*starts, this], indent=2) + "\n").encode())
+    except OSError as error:
+        raise ConfigError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
+
+
+def revision():
+    """The git revision of this code, if there is one."""
+    if not shutil.which("git"):
+        return None
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+
+
+def resume(parts, template, data, workdir, step=None, allowed=()):
+    """(TrainState, meta, lines) of the newest whole checkpoint, or of `step`: lines say what has changed since.
+
+    data: the fingerprint of the data, which must be the checkpoint's unless `allowed` has data.source. Later steps are
+    set aside.
+    """
+    folder = workdir / "checkpoints"
+    state, meta = checkpoint.restore_state(folder, template, step, json.loads(configs.to_json(parts.config)))
+    lines = [f"resuming at step {state.step:,} from {folder}"]
+    if meta["data"] != data:
+        changed = f"the run had {meta['data']}, the data now are {data}"
+        if "data.source" not in allowed:
+            raise ConfigError(
+                f"{changed}: its batches would be others; put the data back, take another --workdir, or go on with "
+                "other data by --allow-change=data.source"
+            )
+        lines.append(f"going on with other data: {changed}")
+    if tuple(meta["shape"]) != parts.shape:
+        lines.append(f"going on with images of another size: {meta['shape']} is now {list(parts.shape)}")
+    then = meta["versions"] | {"devices": meta["devices"]}
+    now = checkpoint.versions() | {"devices": parallel.describe()}
+    changed = [f"{name} {then.get(name)} is now {now[name]}" for name in now if then.get(name) != now[name]]
+    if changed:
+        lines.append(f"not bit-exact from here on, only to rounding: {'; '.join(changed)}")
+    if parallel.is_first():
+        checkpoint.set_aside(folder, int(state.step))
+    parallel.gather("")  # no process lists the folder before that is done
+    return state, meta, lines
