@@ -74,13 +74,13 @@ def from_folder(folder, image_size, channels, max_unreadable=0.1, cache_dir="~/.
     try:
         files = find(folder)
     except OSError as error:
-        raise DataError(f"cannot list {error.filename} (data.source=folder:{folder}): {error.strerror}") from error
+        where = os.fsdecode(error.filename)
+        raise DataError(f"cannot list {where} (data.source=folder:{folder}): {error.strerror}") from error
     if not files:
         raise DataError(f"no pictures in {folder}; looked for {' '.join('*' + suffix for suffix in SUFFIXES)}")
-    state = hashlib.sha256(repr([(os.path.relpath(p, folder), s, m) for p, s, m in files]).encode("utf8", "replace"))
     return _decode(
         f"folder:{folder.resolve()}",
-        state.hexdigest(),
+        _digest(repr([(os.path.relpath(p, folder), s, m) for p, s, m in files])),
         [path for path, _, _ in files],
         lambda path: (read(path, image_size, channels or 3), -1),
         (*image_size, channels or 3),
@@ -154,6 +154,10 @@ def _from_builder(builder, image_size, channels, split, cache_dir):
     )
 
 
+def _digest(text):
+    return hashlib.sha256(text.encode("utf8", "backslashreplace")).hexdigest()  # names need not be UTF-8
+
+
 def _first_line(error):
     return (str(error) or type(error).__name__).splitlines()[0]
 
@@ -174,8 +178,7 @@ def _decode(name, state, items, get, shape, max_unreadable, cache_dir):
     decodes and the others wait. Items that cannot be read are counted and the first five named; more than the share
     `max_unreadable` of them is an error.
     """
-    key = hashlib.sha256(f"{name}:{shape}".encode("utf8", "replace")).hexdigest()[:16]
-    base = Path(cache_dir).expanduser() / key
+    base = Path(cache_dir).expanduser() / _digest(f"{name}:{shape}")[:16]
 
     def attempt(item):
         reason = None
