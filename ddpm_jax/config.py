@@ -18,13 +18,11 @@ from ddpm_jax.options import (
     below,
     each,
     finite,
-    from_text,
     leaves,
     nearest,
     one_of,
     option,
     replace,
-    to_text,
 )
 
 
@@ -84,7 +82,9 @@ class Diffusion(Section):
     variance: str = option(
         "fixedlarge", "variance of a reverse step, a name in ddpm_jax.diffusion.VARIANCES; learned by the hybrid loss"
     )
-    betas: tuple[float, ...] = option((), "own betas, beta_1 to beta_T, in place of a discrete schedule's")
+    betas: tuple[float, ...] = option(
+        (), "own betas, beta_1 to beta_T, in place of a discrete schedule's", each(above(0))
+    )
     zero_terminal_snr: bool = option(False, "rescale the schedule to leave no signal at T (Lin et al. 2023)")
     base_resolution: int = option(
         0, "side of the images that the schedule is meant for: larger ones get more noise; 0 for any", at_least(0)
@@ -108,7 +108,7 @@ class Train(Section):
     grad_clip: float = option(1.0, "largest global norm of the gradient; inf for no limit", above(0))
     ema_decay: float = option(0.9999, "decay of the averaged parameters after their warm-up", at_least(0), below(1))
     averages: tuple[float, ...] = option(
-        (), "lengths (sigma_rel) of averages stored for post-hoc EMA, such as 0.05,0.1; none when empty"
+        (), "lengths (sigma_rel) of averages stored for post-hoc EMA, such as 0.05,0.1; none when empty", each(above(0))
     )
     average_every: int = option(10_000, "steps between two stored averages", at_least(1))
     on_nan: str = option(
@@ -186,17 +186,21 @@ def from_json(text, where="config.json"):
     """The Config in a JSON text. Plain data: nothing in it is executed; unknown names are refused."""
     try:
         sections = json.loads(text)
-        given = {f"{a}.{b}": value for a, section in sections.items() for b, value in section.items()}
+        given = {
+            f"{a}.{b}": tuple(value) if isinstance(value, list) else value
+            for a, section in sections.items()
+            for b, value in section.items()
+        }
     except (ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{where} does not hold a config ({error})") from error
-    kinds = {name: kind for name, _, kind, _ in leaves(Config, Config())}
+    known = [name for name, _, _, _ in leaves(Config, Config())]
     for name in given:
-        if name not in kinds:
-            meant = "".join(f"; did you mean {near}?" for near in nearest(name, kinds))
+        if name not in known:
+            meant = "".join(f"; did you mean {near}?" for near in nearest(name, known))
             raise ConfigError(f"unknown key {name} in {where}{meant}")
     try:
-        return replace(Config(), {name: from_text(kinds[name], to_text(value), name) for name, value in given.items()})
-    except ConfigError as error:
+        return replace(Config(), given)
+    except (ConfigError, RecursionError) as error:
         raise ConfigError(f"{error} (in {where})") from error
 
 

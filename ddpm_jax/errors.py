@@ -9,6 +9,9 @@ class UserError(Exception):
 
     exit_code = 1
 
+    def __init__(self, text):
+        super().__init__(" ".join(str(text).splitlines()))  # values, names of files and reasons may have several
+
 
 class ConfigError(UserError):
     """The command line or the config cannot be used."""

@@ -1,5 +1,6 @@
 """Files that a reader, also one after a crash, sees old or new but never in part; and folders with one writer."""
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -38,3 +39,11 @@ def lock(folder):
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     _held.append(file)
+
+
+@contextlib.contextmanager
+def locked(path):
+    """The body runs in one process at a time, the others wait; `path` is left behind as an empty file."""
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # ends with the file, so also with a process that is killed
+        yield

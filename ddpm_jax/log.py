@@ -14,8 +14,9 @@ from ddpm_jax.files import write_atomic
 
 
 def note(text):
-    """Print a line at once."""
-    print(text, flush=True)
+    """Print a line at once, escaped where the output has no letters for it."""
+    encoding = sys.stdout.encoding or "utf8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def progress(items, total, what):

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import sys
 import types
 import typing
 
@@ -50,6 +51,7 @@ class Section:
             value, name = getattr(self, field.name), self._name_of(field)
             if not _is_a(kind, value):
                 raise ConfigError(f"{name}={to_text(value)} is not {_describe(kind)}")
+            object.__setattr__(self, field.name, _exact(kind, value))  # the class may be frozen
             for text, holds in field.metadata.get("rules", ()):
                 if not holds(value):
                     raise ConfigError(f"{name}={to_text(value)} must be {text}")
@@ -78,7 +80,16 @@ def _is_a(kind, value):
         return isinstance(value, tuple) and all(_is_a(typing.get_args(kind)[0], part) for part in value)
     if kind in (int, float) and isinstance(value, bool):
         return False
-    return isinstance(value, (int, float) if kind is float else kind)
+    if kind is float and isinstance(value, int):
+        return abs(value) <= sys.float_info.max
+    return isinstance(value, kind)
+
+
+def _exact(kind, value):
+    """The value with plain floats where `kind` has them: 1 becomes 1.0, so that it is written as it is read."""
+    if kind is float:
+        return float(value)
+    return tuple(map(float, value)) if kind == tuple[float, ...] else value
 
 
 def _describe(kind):
@@ -174,7 +185,7 @@ def parse(cls, argv, prog, description, load=None):
     if load:
         first = _Parser(prog, add_help=False, allow_abbrev=False)
         first.add_argument("--config", default=cls.config_file)
-        asked = first.parse_known_args(argv)[0].config
+        asked = _text(first.parse_known_args(argv)[0].config)
         parser.add_argument("--config", metavar="FILE", help=f"the experiment (default: {cls.config_file})")
         default = dataclasses.replace(default, config=load(asked), config_file=asked)
     known = {}
@@ -200,9 +211,13 @@ def parse(cls, argv, prog, description, load=None):
         meant = "".join(f"; did you mean {_spelled('--' + near)}?" for near in nearest(name, known))
         raise ConfigError(f"unknown option {word.split('=')[0]}{meant}")
     changes = {
-        name: from_text(known[name], text, "--" + name) for name, text in vars(given).items() if name != "config"
+        name: from_text(known[name], _text(text), "--" + name) for name, text in vars(given).items() if name != "config"
     }
     return replace(default, changes)
+
+
+def _text(given):
+    return "--" if given == [] else given  # which is how argparse before Python 3.13 gives a value of two dashes
 
 
 def _spelled(word):

@@ -1,19 +1,22 @@
 """Batches against set arithmetic, sources against files whose pixels are known beforehand."""
 
+import io
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 import threading
+import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from sklearn.datasets import load_digits
 
-from ddpm_jax.data import Dataset, batch, load, prefetch, sources
+from ddpm_jax.data import Dataset, batch, fingerprint, load, prefetch
 from ddpm_jax.errors import DataError
 
 ROOT = Path(__file__).parents[1]
@@ -22,18 +25,6 @@ ROOT = Path(__file__).parents[1]
 def numbered(n):
     """A data set whose image i is filled with i and whose label is 1000 + i."""
     return Dataset(np.arange(n, dtype=np.uint8)[:, None, None, None].repeat(3, 3), np.arange(1000, 1000 + n))
-
-
-def paint(path, level, size=(8, 8)):
-    """Write a picture of one gray level."""
-    Image.new("RGB", size, (level,) * 3).save(path)
-
-
-def levels(dataset):
-    """The level of each image, all of whose pixels must have it."""
-    first = dataset.images[:, :1, :1, :1]
-    assert (dataset.images == first).all()
-    return first.ravel().tolist()
 
 
 # --- batches
@@ -99,9 +90,58 @@ def test_no_labels_no_label():
     assert batch(numbered(4)._replace(labels=None), 0, 0, 2).keys() == {"index", "image"}
 
 
-def test_too_few_images_for_one_batch():
+def test_fault_45_too_few_images_for_one_batch():
     with pytest.raises(DataError, match=r"\b3 images.*batch_size=4\b"):
         batch(numbered(3), 0, 0, 4)
+
+
+# --- fingerprints
+
+
+def differing(images, labels):
+    """A data set and others that differ from it by one thing each."""
+    image, label, swapped = images.copy(), labels.copy(), np.arange(len(images))
+    image[0, -1, -1, -1] ^= 1
+    label[1] += 1
+    swapped[[0, -1]] = swapped[[-1, 0]]
+    return {
+        "given": Dataset(images, labels),
+        "image": Dataset(image, labels),
+        "label": Dataset(images, label),
+        "order of images": Dataset(images[swapped], labels),
+        "order of labels": Dataset(images, labels[swapped]),
+        "count": Dataset(images[:-1], labels[:-1]),
+        "shape": Dataset(images.reshape(len(images), 2, -1, 3), labels),
+        "no labels": Dataset(images, None),
+    }
+
+
+@pytest.mark.parametrize("n", [2, 5, 1000, 5001])
+def test_another_data_set_has_another_fingerprint(n):
+    images = np.random.default_rng(0).integers(0, 256, (n, 4, 4, 3), np.uint8)
+    found = {name: fingerprint(dataset) for name, dataset in differing(images, np.arange(n)).items()}
+    assert len(set(found.values())) == len(found)
+    assert all(re.fullmatch(r"\S{1,40}", text) for text in found.values())
+
+
+def test_a_fingerprint_tells_the_data_not_how_they_are_kept(tmp_path):
+    images, labels = np.random.default_rng(0).integers(0, 256, (50, 4, 4, 3), np.uint8), np.arange(50)
+    np.save(tmp_path / "a.npy", images)
+    mapped = np.load(tmp_path / "a.npy", mmap_mode="r")
+    others = [(mapped, labels), (np.asfortranarray(images), labels), (images, labels.astype(np.int32))]
+    assert {fingerprint(Dataset(*other)) for other in others} == {fingerprint(Dataset(images, labels))}
+
+
+def test_the_fingerprint_of_20_gigabytes_is_cheap(tmp_path):
+    """All zeros, which need no room on the disk."""
+    with open(tmp_path / "a.npy", "wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (20_000_000, 32, 32, 1)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + 20_000_000 * 1024)
+    dataset = load(f"npz:{tmp_path / 'a.npy'}")
+    clock = time.perf_counter()
+    assert fingerprint(dataset).startswith("20000000x32x32x1-")
+    assert time.perf_counter() - clock < 5
 
 
 # --- prefetch
@@ -121,16 +161,21 @@ def test_prefetch_prepares_two_ahead_and_no_more():
     steps.close()
 
 
-def test_an_exception_in_the_thread_reaches_the_caller():
+@pytest.mark.parametrize("error", [DataError("gone"), MemoryError()], ids=["gone", "memory"])
+def test_fault_58_an_exception_in_the_thread_reaches_the_caller(error):
+    """At its step and not before, and in no more time than the steps ahead take."""
+
     def make(step):
         if step == 3:
-            raise DataError("gone")
+            raise error
         return step
 
-    steps = prefetch(make, 0, 9)
+    steps, clock = prefetch(make, 0, 9), time.perf_counter()
     assert [next(steps), next(steps), next(steps)] == [0, 1, 2]
-    with pytest.raises(DataError, match="gone"):
+    with pytest.raises(type(error)) as caught:
         next(steps)
+    assert caught.value is error
+    assert time.perf_counter() - clock < 5
 
 
 # --- digits and other TFDS sets
@@ -261,8 +306,13 @@ GRAY = np.zeros((3, 4, 4), np.uint8)
     ("arrays", "fragment"),
     [
         ({"images": np.array([Canary()], object)}, "pickle"),
-        ({"images": GRAY / np.float32(255)}, "float32 from 0.0 to 0.0.*save as uint8"),
-        ({"images": GRAY.astype(np.int64) + 7}, "int64 from 7 to 7.*save as uint8"),
+        pytest.param(
+            {"images": GRAY + np.float32([0, 99.5, 254, 255])},
+            "float32 from 0.0 to 255.0.*as uint8",
+            id="fault_57 0..255",
+        ),
+        pytest.param({"images": GRAY + np.float32(1)}, "float32 from 1.0 to 1.0.*save as uint8", id="fault_57 0..1"),
+        pytest.param({"images": GRAY.astype(np.int64) + 7}, "int64 from 7 to 7.*as uint8", id="fault_57 int64"),
         ({"data": GRAY}, "no array 'images'; it has data"),
         ({"images": GRAY[0]}, r"shape \(4, 4\)"),
         ({"images": GRAY[..., None].repeat(4, 3)}, r"shape \(3, 4, 4, 4\)"),
@@ -279,6 +329,17 @@ def test_npz_that_cannot_be_used(tmp_path, monkeypatch, arrays, fragment):
     assert not Path("canary").exists()
 
 
+def test_npz_that_claims_to_be_huge(tmp_path):
+    """More than an address space in a file of some hundred bytes."""
+    header = io.BytesIO()
+    shape = {"descr": "|u1", "fortran_order": False, "shape": (10**9, 1000, 1000, 3)}
+    np.lib.format.write_array_header_1_0(header, shape)
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as file:
+        file.writestr("images.npy", header.getvalue())
+    with pytest.raises(DataError, match=r"cannot read .*a\.npz.*allocate"):
+        load(f"npz:{tmp_path / 'a.npz'}")
+
+
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped bit", "text", "missing"])
 def test_npz_that_is_damaged(tmp_path, damage):
     file = tmp_path / "a.npz"
@@ -291,151 +352,3 @@ def test_npz_that_is_damaged(tmp_path, damage):
         file.unlink()
     with pytest.raises(DataError, match=r"cannot read .*a\.npz"):
         load(f"npz:{file}")
-
-
-# --- folders
-
-
-@pytest.fixture
-def album(tmp_path):
-    """An empty folder and a function that loads it as 8x8 pictures."""
-    folder = tmp_path / "album"
-    folder.mkdir()
-
-    def load_album(**options):
-        return load(f"folder:{folder}", **({"image_size": (8,), "cache_dir": tmp_path / "cache"} | options))
-
-    return folder, load_album
-
-
-def test_a_folder_is_decoded_once_then_mapped(album, monkeypatch):
-    folder, load_album = album
-    (folder / "sub").mkdir()
-    for name, level in (("b.png", 2), ("a.BMP", 1), ("sub/c.png", 3)):
-        paint(folder / name, level)
-    first = load_album()
-    assert first.images.shape == (3, 8, 8, 3)
-    assert first.labels is None
-
-    def read(*_):
-        raise AssertionError("decoded again")
-
-    monkeypatch.setattr(sources, "read", read)
-    second = load_album()
-    assert isinstance(second.images, np.memmap)
-    assert levels(first) == levels(second) == [1, 2, 3]
-
-
-def test_size_and_channels_of_a_folder(album):
-    folder, load_album = album
-    paint(folder / "a.png", 90, (40, 20))
-    assert load_album(image_size=(4, 6)).images.shape == (1, 4, 6, 3)
-    assert load_album(image_size=(4, 6), channels=1).images.shape == (1, 4, 6, 1)
-    assert levels(load_album(image_size=(4, 6), channels=1)) == [90]
-
-
-def test_a_changed_folder_is_decoded_anew(album):
-    folder, load_album = album
-    paint(folder / "a.png", 1)
-    paint(folder / "b.png", 2)
-    assert levels(load_album()) == [1, 2]
-    size = (folder / "a.png").stat().st_size
-    paint(folder / "a.png", 3)
-    os.utime(folder / "a.png", ns=(1, 1))
-    assert (folder / "a.png").stat().st_size == size  # so that the time alone tells
-    assert levels(load_album()) == [3, 2]
-    paint(folder / "c.png", 4)
-    assert levels(load_album()) == [3, 2, 4]
-    (folder / "a.png").rename(folder / "d.png")
-    assert levels(load_album()) == [2, 4, 3]
-    (folder / "b.png").unlink()
-    assert levels(load_album()) == [4, 3]
-
-
-def test_unreadable_pictures_are_named_and_the_rest_kept(album):
-    folder, load_album = album
-    for i in range(30):
-        paint(folder / f"{i:02}.png", i)
-    bad = [3, 7, 11, 15, 19, 23]
-    for i in bad:
-        (folder / f"{i:02}.png").write_bytes(b"<html>")
-    for _ in range(2):  # decoded, then mapped
-        with pytest.warns(UserWarning, match="they are left out") as warned:
-            assert levels(load_album(max_unreadable=0.2)) == [i for i in range(30) if i not in bad]
-        (said,) = [str(warning.message) for warning in warned]
-        assert "6 of 30" in said
-        assert [f"{i:02}.png" in said for i in bad] == [True] * 5 + [False]
-
-
-def test_too_many_unreadable_pictures(album):
-    """An error that counts them; the pictures put right, the same folder as before is whole again."""
-    folder, load_album = album
-    for i in range(10):
-        paint(folder / f"{i}.png", i)
-    assert levels(load_album()) == list(range(10))
-    for i in (4, 5):
-        (folder / f"{i}.png").rename(folder / f"{i}.kept")
-        (folder / f"{i}.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"2 of 10 .*4\.png.*5\.png.*max_unreadable=0\.1"):
-        load_album()
-    for i in (4, 5):
-        (folder / f"{i}.kept").replace(folder / f"{i}.png")
-    assert levels(load_album()) == list(range(10))
-
-
-def test_nothing_readable_at_all(album):
-    folder, load_album = album
-    (folder / "a.png").write_bytes(b"")
-    with pytest.raises(DataError, match="1 of 1"):
-        load_album()
-    with pytest.raises(DataError, match="holds no images"):
-        load_album(max_unreadable=1)
-
-
-def test_folders_that_cannot_be_used(album, tmp_path):
-    folder, load_album = album
-    (folder / "notes.txt").write_text("no picture")
-    with pytest.raises(DataError, match=r"no pictures in .*album.*\*\.png"):
-        load_album()
-    with pytest.raises(DataError, match=r"no folder .*elsewhere"):
-        load(f"folder:{tmp_path / 'elsewhere'}", image_size=(8,))
-    paint(folder / "a.png", 1)
-    with pytest.raises(DataError, match=r"data\.image_size"):
-        load_album(image_size=())
-
-
-def test_order_is_that_of_the_names_bytes(album):
-    """However odd the names, and whichever was written first; one of them cannot be read and is still named."""
-    folder, load_album = album
-    names = [
-        b"Z.png",
-        b"a b.png",
-        b"a.png",
-        b"n" * 200 + b".png",
-        "\u00e9.png".encode(),
-        "\u65e5.PNG".encode(),
-        b"\xff.png",
-    ]
-    paths = [os.path.join(os.fsencode(folder), name) for name in names]
-    for level in (5, 2, 0, 6, 3, 1, 4):
-        with open(paths[level], "wb") as file:
-            Image.new("L", (8, 8), level).save(file, "PNG")
-    assert levels(load_album()) == list(range(7))
-    with open(paths[6], "wb") as file:
-        file.write(b"broken")
-    with pytest.warns(UserWarning, match=r"\\udcff\.png"):
-        assert levels(load_album(max_unreadable=0.5)) == list(range(6))
-
-
-def test_what_is_no_picture_file(album):
-    """A folder called x.png is gone into, a pipe is counted as unreadable, hidden files and other suffixes are not."""
-    folder, load_album = album
-    (folder / "x.png").mkdir()
-    for name, level in (("a.png", 1), ("x.png/b.png", 2), ("y.png", 3)):
-        paint(folder / name, level)
-    (folder / "._a.png").write_bytes(b"resource fork")
-    (folder / "a.txt").write_text("text")
-    assert levels(load_album(max_unreadable=0)) == [1, 2, 3]
-    os.mkfifo(folder / "pipe.png")
-    with pytest.warns(UserWarning, match=r"1 of 4 .*pipe\.png"):
-        assert levels(load_album(max_unreadable=0.3)) == [1, 2, 3]

@@ -4,15 +4,19 @@ import io
 import os
 import signal
 import struct
+import subprocess
+import sys
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from ddpm_jax.data.intake import fit, read
 
+ROOT = Path(__file__).parents[1]
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
@@ -42,13 +46,13 @@ def row(pixels, mode):
     [(0, 0), (32896, 128), (65535, 255), (257, 1), (9509 + 128, 37), (9509 + 129, 38)],  # 9509 = 37 * 257
 )
 @pytest.mark.parametrize(("name", "dtype"), [("a.png", np.uint16), ("a.tif", np.uint16), ("a.tif", np.int32)])
-def test_16_bit_gray(saved, value, level, name, dtype):
+def test_fault_48_16_bit_gray(saved, value, level, name, dtype):
     found = saved(Image.fromarray(np.full((2, 3), value, dtype)), name)
     assert found.shape == (2, 3, 1)
     assert (found == level).all()
 
 
-def test_16_bit_gray_as_rgb(saved):
+def test_fault_48_16_bit_gray_as_rgb(saved):
     assert (saved(Image.fromarray(np.full((2, 3), 32896, np.uint16)), channels=3) == np.full((2, 3, 3), 128)).all()
 
 
@@ -57,7 +61,7 @@ def test_gray_beyond_16_bits_is_refused(saved):
         saved(Image.fromarray(np.full((2, 3), 65536, np.int32)), "a.tif")
 
 
-def test_float_tiff_is_refused(saved):
+def test_fault_49_float_tiff_is_refused(saved):
     with pytest.raises(ValueError, match="floating point"):
         saved(Image.fromarray(np.full((2, 3), 0.5, np.float32)), "a.tif")
 
@@ -83,7 +87,8 @@ def with_palette():
         (row([0, 255], "1"), {}, [0, 255]),
         (row([0, 77, 255], "L"), {}, [0, 77, 255]),
     ],
-    ids=["RGBA", "RGBA-half", "LA", "P", "P-clear", "P-half", "RGB-key", "L-key", "1", "L"],
+    ids=["fault_50 RGBA", "fault_50 half"]
+    + ["fault_47 " + mode for mode in ("LA", "P", "P-clear", "P-half", "RGB-key", "L-key", "1", "L")],
 )
 def test_modes_of_png(saved, picture, options, expected):
     """Transparency ends on white, so that no colour hidden under it shows; gray stays gray."""
@@ -94,7 +99,7 @@ def test_modes_of_png(saved, picture, options, expected):
     np.testing.assert_allclose(found.astype(int), expected, atol=1)
 
 
-def test_cmyk(saved):
+def test_fault_47_cmyk(saved):
     """Inks: magenta and yellow make red, cyan and yellow green, black alone black."""
     inks = row([(0, 255, 255, 0), (255, 0, 255, 0), (0, 0, 0, 255), (0, 0, 0, 0)], "CMYK")
     assert saved(inks, "a.tif")[0].tolist() == [[*RED], [*GREEN], [0, 0, 0], [*WHITE]]
@@ -124,7 +129,7 @@ CORNERS = {"upper left": (0, 0), "upper right": (0, -1), "lower left": (-1, 0), 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg"])
 @pytest.mark.parametrize("orientation", SEEN)
-def test_exif_orientation(saved, name, orientation):
+def test_fault_51_exif_orientation(saved, name, orientation):
     picture = Image.new("RGB", (60, 40), WHITE)
     picture.paste(RED, (0, 0, 16, 16))
     picture.paste(BLUE, (44, 0, 60, 16))
@@ -138,7 +143,7 @@ def test_exif_orientation(saved, name, orientation):
 
 
 @pytest.mark.parametrize(("name", "options"), [("a.gif", {}), ("a.webp", {"lossless": True}), ("a.png", {})])
-def test_first_frame_of_an_animation(saved, name, options):
+def test_fault_52_first_frame_of_an_animation(saved, name, options):
     frames = [Image.new("RGB", (8, 8), colour) for colour in (GREEN, RED, BLUE)]
     found = saved(frames[0], name, save_all=True, append_images=frames[1:], **options)
     assert (found == GREEN).all()
@@ -164,12 +169,56 @@ def png_header(width, height):
         (4000, 1, "4000x1 is too long"),
     ],
 )
-def test_sizes_refused_by_the_header(tmp_path, width, height, fragment):
+def test_fault_53_sizes_refused_by_the_header(tmp_path, width, height, fragment):
     (tmp_path / "a.png").write_bytes(png_header(width, height))
     clock = time.perf_counter()
     with pytest.raises((ValueError, Image.DecompressionBombError), match=fragment):
         read(tmp_path / "a.png", (8, 8), 1)
     assert time.perf_counter() - clock < 0.5
+
+
+READ_ALL = """
+import resource, sys, warnings
+from ddpm_jax.data import read
+warnings.simplefilter("ignore")
+peaks = []
+for path in sys.argv[1:]:
+    try:
+        read(path, (8, 8), 3)
+    except Exception as error:
+        print(error)
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(peaks[-1] - peaks[0])
+"""
+
+
+def test_fault_53_bombs_take_no_memory(tmp_path):
+    """The peak after them in kB; whole, the second has 121 MB as Pillow keeps it."""
+    Image.new("L", (8, 8)).save(tmp_path / "0.png")
+    Image.new("1", (11_000, 11_000)).save(tmp_path / "1.png")
+    (tmp_path / "2.png").write_bytes(png_header(20_000, 20_000))
+    (tmp_path / "3.png").write_bytes(b"P6 20000 20000 255\n")
+    command = [sys.executable, "-c", READ_ALL, *sorted(map(str, tmp_path.iterdir()))]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert "11000x11000 is more than 64,000,000 pixels" in said[0]
+    assert ["400000000 pixels" in line for line in said[1:3]] == [True, True]
+    assert int(said[3]) < 20_000
+
+
+def test_a_picture_runs_no_program(tmp_path, monkeypatch):
+    """Encapsulated PostScript, whatever its name: Pillow would hand it to `gs`."""
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path / 'canary'}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # looked for once a process
+    (tmp_path / "a.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n")
+    with pytest.raises(Image.UnidentifiedImageError):
+        read(tmp_path / "a.png", (8, 8), 3)
+    assert not (tmp_path / "canary").exists()
+    with Image.open(tmp_path / "a.png") as picture, pytest.raises((OSError, ValueError)):
+        picture.load()
+    assert (tmp_path / "canary").exists()  # it does sing
 
 
 @pytest.fixture
@@ -187,14 +236,16 @@ def alarm():
 
 
 @pytest.mark.usefixtures("alarm")
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
-def test_only_regular_files_are_opened(tmp_path, make):
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)], ids=["pipe", "folder", "device"]
+)
+def test_fault_54_only_regular_files_are_opened(tmp_path, make):
     make(tmp_path / "a.png")
     with pytest.raises(ValueError, match="not a regular file"):
         read(tmp_path / "a.png", (8, 8), 1)
 
 
-def test_links(tmp_path):
+def test_fault_54_links(tmp_path):
     """A link to a picture is that picture; a loop of links is an error."""
     Image.new("L", (2, 2), 9).save(tmp_path / "a.png")
     (tmp_path / "b.png").symlink_to("a.png")
@@ -229,7 +280,7 @@ def flipped(data):
     ],
     ids=["cut jpg", "cut png", "flipped bit", "html", "text", "empty"],
 )
-def test_damaged_files(tmp_path, name, data):
+def test_fault_46_damaged_files(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(OSError, match=r"truncated|cannot identify|broken data"):
         read(tmp_path / name, (8, 8), 3)

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # Pillow has more, one of which runs programs (EPS)
 MAX_PIXELS = 64_000_000  # of the file; Pillow itself only warns up to 179 million
 MAX_ASPECT = 50
 
@@ -14,14 +15,25 @@ MAX_ASPECT = 50
 def find(folder):
     """The picture files below a folder as (path, size, mtime), in byte order of the names; hidden ones left out."""
     found = []
-    for directory, folders, names in os.walk(os.fsencode(folder)):
+
+    def fail(error):
+        raise error  # a subfolder that cannot be listed is not an empty one
+
+    for directory, folders, names in os.walk(os.fsencode(folder), onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(b".")]
         for name in names:
             if os.fsdecode(name).lower().endswith(SUFFIXES) and not name.startswith(b"."):
                 path = os.path.join(directory, name)
-                at = os.stat(path) if os.path.exists(path) else os.lstat(path)  # a link counts as what it leads to
-                found.append((os.fsdecode(path), at.st_size, at.st_mtime_ns))
+                found.append((os.fsdecode(path), *_size_and_time(path)))
     return sorted(found, key=lambda entry: os.fsencode(entry[0]))
+
+
+def _size_and_time(path):
+    try:
+        at = os.stat(path)
+    except OSError:  # a link to nothing, or gone since it was listed: reading it will say so
+        return 0, 0
+    return at.st_size, at.st_mtime_ns
 
 
 def read(path, image_size, channels):
@@ -32,7 +44,7 @@ def read(path, image_size, channels):
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("not a regular file")
-    with Image.open(path) as picture:
+    with Image.open(path, formats=FORMATS) as picture:
         width, height = picture.size
         if width * height > MAX_PIXELS:
             raise ValueError(f"{width}x{height} is more than {MAX_PIXELS:,} pixels")

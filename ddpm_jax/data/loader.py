@@ -1,6 +1,8 @@
 """Batches without state: what step n trains on follows from the seed and n alone, so there is nothing to save."""
 
+import contextlib
 import functools
+import mmap
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -19,9 +21,23 @@ def fingerprint(dataset):
     """A short text that tells data sets apart: shape and CRC-32 of the labels and up to 1,000 evenly spaced images."""
     images, labels = dataset
     crc = 0 if labels is None else zlib.crc32(labels.astype("<i8"))
-    for image in images[:: -(-len(images) // 1000)]:
-        crc = zlib.crc32(np.ascontiguousarray(image), crc)
+    with _read_here_and_there(images):
+        for image in images[:: -(-len(images) // 1000)]:
+            crc = zlib.crc32(np.ascontiguousarray(image), crc)
     return f"{'x'.join(map(str, images.shape))}-{crc:08x}"
+
+
+@contextlib.contextmanager
+def _read_here_and_there(images):
+    """Where `images` are mapped from a file, let the system not read on after each: it may be megabytes every time."""
+    while isinstance(images, np.ndarray):
+        images = images.base
+    mapped = isinstance(images, mmap.mmap)
+    if mapped:
+        images.madvise(mmap.MADV_RANDOM)
+    yield
+    if mapped:
+        images.madvise(mmap.MADV_NORMAL)
 
 
 @functools.lru_cache(maxsize=2)

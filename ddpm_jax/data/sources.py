@@ -1,13 +1,12 @@
 """Where images come from: SOURCES maps the word before the colon of `data.source` to a function that reads it."""
 
 import hashlib
+import io
 import json
 import math
 import os
 import shutil
 import warnings
-import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import numpy as np
 from ddpm_jax.data.intake import SUFFIXES, find, fit, read
 from ddpm_jax.data.loader import Dataset
 from ddpm_jax.errors import DataError
-from ddpm_jax.files import write_atomic
+from ddpm_jax.files import locked, write_atomic
 from ddpm_jax.log import note, progress
 
 
@@ -41,8 +40,8 @@ def from_npz(path, image_size, channels, **_):
     try:
         file = np.load(Path(path).expanduser(), mmap_mode="r", allow_pickle=False)
         arrays = {"images": file} if isinstance(file, np.ndarray) else {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"cannot read {path} as npz: {error}") from error
+    except Exception as error:  # whatever a damaged file makes NumPy raise
+        raise DataError(f"cannot read {path} as npz: {_first_line(error)}") from error
     if "images" not in arrays:
         raise DataError(f"{path} has no array 'images'; it has {', '.join(arrays) or 'nothing'}")
     images, labels = arrays["images"], arrays.get("labels")
@@ -67,18 +66,21 @@ def from_folder(folder, image_size, channels, max_unreadable=0.1, cache_dir="~/.
     """All pictures below a folder, decoded once into a memory map; a changed folder is decoded anew."""
     if not folder:
         raise DataError("data.source=folder: names no folder; say for example --config.data.source=folder:my_pictures")
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
+    folder = Path(os.path.expanduser(folder))
+    if not os.path.isdir(folder):  # which never raises
         raise DataError(f"there is no folder {folder} (data.source=folder:{folder})")
     if not image_size:
         raise DataError("data.image_size is needed for a folder of pictures, for example --config.data.image_size=64")
-    files = find(folder)
+    try:
+        files = find(folder)
+    except OSError as error:
+        where = os.fsdecode(error.filename)
+        raise DataError(f"cannot list {where} (data.source=folder:{folder}): {error.strerror}") from error
     if not files:
         raise DataError(f"no pictures in {folder}; looked for {' '.join('*' + suffix for suffix in SUFFIXES)}")
-    state = hashlib.sha256(repr([(os.path.relpath(p, folder), s, m) for p, s, m in files]).encode("utf8", "replace"))
     return _decode(
         f"folder:{folder.resolve()}",
-        state.hexdigest(),
+        _digest(repr([(os.path.relpath(p, folder), s, m) for p, s, m in files])),
         [path for path, _, _ in files],
         lambda path: (read(path, image_size, channels or 3), -1),
         (*image_size, channels or 3),
@@ -152,6 +154,10 @@ def _from_builder(builder, image_size, channels, split, cache_dir):
     )
 
 
+def _digest(text):
+    return hashlib.sha256(text.encode("utf8", "backslashreplace")).hexdigest()  # names need not be UTF-8
+
+
 def _first_line(error):
     return (str(error) or type(error).__name__).splitlines()[0]
 
@@ -168,73 +174,111 @@ def _fit_array(image, image_size, channels):
 def _decode(name, state, items, get, shape, max_unreadable, cache_dir):
     """get(item) -> (image, label or -1) of every item, with all cores, as a memory map kept under `cache_dir`.
 
-    `name` says which map it is, `state` in which state its source was when it was made. Items that cannot be read are
-    counted and the first five named; more than the share `max_unreadable` of them is an error.
+    `name` says which map it is, `state` in which state its source was when it was made. Of several processes one
+    decodes and the others wait. Items that cannot be read are counted and the first five named; more than the share
+    `max_unreadable` of them is an error.
     """
-    key = hashlib.sha256(f"{name}:{shape}".encode("utf8", "replace")).hexdigest()[:16]
-    base = Path(cache_dir).expanduser() / key
-    about, images, labels = (base.with_suffix(suffix) for suffix in (".json", ".npy", ".labels.npy"))
-    if (
-        not (about.is_file() and images.is_file() and labels.is_file())
-        or json.loads(about.read_text())["state"] != state
-    ):
-        _check_room(base.parent, len(items) * math.prod(shape))
-        about.unlink(missing_ok=True)  # it no longer tells the truth, also when decoding fails
-        bad = _decode_to(images, labels, items, get, shape)
-        write_atomic(about, json.dumps({"name": name, "state": state, "bad": bad}).encode())
-    else:
-        bad = json.loads(about.read_text())["bad"]
+    base = Path(cache_dir).expanduser() / _digest(f"{name}:{shape}")[:16]
+
+    def attempt(item):
+        reason = None
+        for _ in range(2):  # a network folder may fail once
+            try:
+                image, label = get(item)
+                if image.shape != shape:
+                    raise ValueError(f"its shape is {image.shape}, not {shape}")
+                return image, label, None
+            except Exception as error:  # whatever a damaged file makes Pillow raise
+                reason = repr(f"{item} ({_first_line(error)})")[1:-1]  # names need be neither UTF-8 nor printable
+        return None, None, reason
+
+    def kept():
+        found = _open_map(base, state)
+        if found and any(attempt(items[i])[2] is None for i, _ in found[0]):
+            return None  # what could not be read can be by now
+        return found
+
+    found = kept()
+    if not found:
+        try:
+            base.parent.mkdir(parents=True, exist_ok=True)
+            with locked(base.with_suffix(".lock")):
+                found = kept()  # made by another process meanwhile
+                if not found:
+                    _check_room(base.parent, len(items) * math.prod(shape))
+                    _write_map(base, name, state, items, attempt, shape)
+                    found = _open_map(base, state)
+        except OSError as error:
+            raise DataError(
+                f"cannot write to data.cache_dir={cache_dir}: {error.strerror}; give another one"
+            ) from error
+    bad, images, labels = found
     if len(bad) > max_unreadable * len(items):
-        raise DataError(f"{_unreadable(bad, items)}, more than data.max_unreadable={max_unreadable:g} of them")
+        raise DataError(
+            f"{_unreadable(bad, items)}, more than data.max_unreadable={max_unreadable:g} of them; mend or remove them"
+        )
     if bad:
         warnings.warn(f"{_unreadable(bad, items)}; they are left out", stacklevel=2)
-    labels = np.load(labels)
-    return Dataset(np.load(images, mmap_mode="r"), None if (labels < 0).any() else labels)
-
-
-def _check_room(folder, size):
-    """Make the folder of decoded images; DataError when it cannot be made or has no room for `size` bytes more."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise DataError(f"cannot make data.cache_dir={folder}: {error.strerror}") from error
-    if size > free:
-        raise DataError(
-            f"the decoded images need {size / 1e9:,.1f} GB, data.cache_dir={folder} has {free / 1e9:,.1f} GB"
-        )
+    return Dataset(images, None if (labels < 0).any() else labels)
 
 
 def _unreadable(bad, items):
-    return f"{len(bad)} of {len(items)} pictures cannot be read: {'; '.join(bad[:5])}"
+    return f"{len(bad)} of {len(items)} pictures cannot be read: {'; '.join(reason for _, reason in bad[:5])}"
 
 
-def _decode_to(images, labels, items, get, shape):
-    def attempt(item):
-        try:
-            return get(item), None
-        except Exception as error:  # whatever a damaged file makes Pillow raise
-            reason = f"{item} ({_first_line(error)})"
-            return None, reason.encode("utf8", "backslashreplace").decode()  # names need not be UTF-8
+def _check_room(folder, size):
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise DataError(
+            f"the decoded images need {size / 1e9:,.1f} GB, data.cache_dir={folder} has {free / 1e9:,.1f} GB; "
+            "free some or give another one"
+        )
 
-    bad, kept = [], []
-    part, shorter = (images.with_suffix(f".{os.getpid()}.{name}") for name in ("part", "shorter"))
+
+def _paths(base):
+    return [base.with_suffix(suffix) for suffix in (".json", ".npy", ".labels.npy")]
+
+
+def _open_map(base, state):
+    """([(item's number, why it cannot be read)], images, labels) of a map; None if there is none of that state."""
+    about, images, labels = _paths(base)
     try:
-        array = np.lib.format.open_memmap(part, "w+", np.uint8, (len(items), *shape))
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for done, reason in progress(pool.map(attempt, items), len(items), "decoding"):
+        text = about.read_text()
+        told = json.loads(text)
+        found = told["unreadable"], np.load(images, mmap_mode="r"), np.load(labels)
+        same = told["state"] == state and about.read_text() == text  # not exchanged since by another process
+    except (OSError, ValueError, EOFError, KeyError):
+        return None
+    return found if same and len(found[1]) == len(found[2]) else None
+
+
+def _write_map(base, name, state, items, attempt, shape):
+    about, images, labels = _paths(base)
+    about.unlink(missing_ok=True)  # it no longer tells the truth, also when decoding fails
+    part, bad, kept = base.with_suffix(".part"), [], []
+    try:
+        with part.open("wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+            _write_header(file, (len(items), *shape))
+            few = (items[i : i + 256] for i in range(0, len(items), 256))  # so that memory stays flat
+            done = (result for some in few for result in pool.map(attempt, some))
+            for i, (image, label, reason) in enumerate(progress(done, len(items), "decoding")):
                 if reason:
-                    bad.append(reason)
+                    bad.append((i, reason))
                 else:
-                    array[len(kept)] = done[0]
-                    kept.append(done[1])
-        array.flush()
-        if bad:
-            with shorter.open("wb") as file:
-                np.save(file, array[: len(kept)])
-        os.replace(shorter if bad else part, images)
+                    file.write(image.tobytes())
+                    kept.append(label)
+            file.seek(0)
+            _write_header(file, (len(kept), *shape))  # as long as before: NumPy leaves room for any first number
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, images)
     finally:
         part.unlink(missing_ok=True)
-        shorter.unlink(missing_ok=True)
-    np.save(labels, np.asarray(kept, np.int32))
-    return bad
+    buffer = io.BytesIO()
+    np.save(buffer, np.asarray(kept, np.int32))
+    write_atomic(labels, buffer.getvalue())
+    write_atomic(about, json.dumps({"name": name, "state": state, "unreadable": bad}).encode())
+
+
+def _write_header(file, shape):
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
