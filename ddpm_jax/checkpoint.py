@@ -4,18 +4,20 @@ A step is a folder with an item for each part of the TrainState and meta (JSON: 
 It counts once its commit marker is written, so a crash while saving leaves the step before. Orbax does not notice
 damaged array data, so each item has a checksum of our own, and a damaged step gives way to the one before it.
 
-    python -m ddpm_jax.checkpoint runs/digits
+    python -m ddpm_jax.checkpoint runs/digits [--clean]
 
 lists the steps of a run, each read in full and compared with its checksums.
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import shutil
 import sys
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
@@ -24,13 +26,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization
 
-from ddpm_jax import __version__, trees
-from ddpm_jax.errors import CheckpointError, ConfigError, run
+from ddpm_jax import __version__, options, trees
+from ddpm_jax.errors import CheckpointError, Diverged, UserError, run
+from ddpm_jax.files import lock
 
 ARRAYS = ("params", "ema_params", "opt_state", "times", "averages")  # those that are empty are left out
 COUNTERS = ("step", "skipped", "skipped_in_row")
-FORMAT = 1
+FORMAT = 2  # 1 had no fingerprint of the data and knew no roll-back
 MARKER = "commit_success.txt"
+ASIDE = ".aside"
 
 
 def quiet():
@@ -46,11 +50,15 @@ def quiet():
     sys.unraisablehook = hook
 
 
-def open_manager(folder, keep=None, read_only=False):
-    """Orbax's manager of a run's folder of checkpoints; one that may write clears away unfinished steps."""
+def open_manager(folder, keep=None, keep_every=0, read_only=False):
+    """Orbax's manager of a run's folder of checkpoints; one that may write clears away unfinished steps.
+
+    The newest `keep` steps are kept (None for all), and for good those that `keep_every` divides (0 for none).
+    """
     handlers = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ARRAYS}
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep,
+        keep_period=keep_every or None,
         read_only=read_only,
         cleanup_tmp_directories=not read_only,
         atomicity_options=ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE),
@@ -66,10 +74,10 @@ def steps(folder):
 
 
 def set_aside(folder, step):
-    """Rename the steps after `step`, which were passed over as damaged: Orbax saves none before its newest."""
-    for newer in steps(folder):
+    """Rename the steps after `step`, damaged or not gone on from, to N.aside: Orbax saves none before its newest."""
+    for newer in reversed(steps(folder)):
         if newer > step:
-            target = Path(folder) / f"{newer}.damaged"
+            target = Path(folder) / f"{newer}{ASIDE}"
             shutil.rmtree(target, ignore_errors=True)
             (Path(folder) / str(newer)).rename(target)
 
@@ -81,16 +89,22 @@ def _digest_meta(meta):
 def save(manager, state, **meta):
     """Start to save a TrainState with further entries of `meta`; the writing goes on behind.
 
-    Raises CheckpointError when the disk has no room or Orbax refuses; the steps already there are untouched then.
+    Raises Diverged when an array is not finite, CheckpointError when the disk has no room or Orbax refuses; the steps
+    already there are untouched then.
     """
     state = jax.device_get(state)
     step = int(state.step)
     items = {name: serialization.to_state_dict(getattr(state, name)) for name in _used(state)}
+    bad = trees.not_finite(items)
+    if bad:
+        raise Diverged(f"step {step} was not saved: {bad[0]} is not finite (one of {len(bad)} such arrays)")
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
     meta |= {name: int(getattr(state, name)) for name in COUNTERS}
     meta |= {"format": FORMAT, "versions": versions()}
     meta = json.loads(json.dumps(meta))
-    meta["digests"] = {name: trees.digest(tree) for name, tree in items.items()} | {"meta": _digest_meta(meta)}
+    with ThreadPoolExecutor() as pool:  # zlib frees the interpreter, so that the cores share the items
+        digests = dict(zip(items, pool.map(trees.digest, items.values()), strict=True))
+    meta["digests"] = digests | {"meta": _digest_meta(meta)}
     free = shutil.disk_usage(manager.directory).free
     if free < 1.1 * size:
         raise CheckpointError(
@@ -172,33 +186,37 @@ def _failed(manager, error):
     )
 
 
-def load(folder, items, expect=None):
-    """(meta, {item: tree of NumPy arrays}) of the newest step that is whole.
+def load(folder, items, expect=None, step=None, config=None):
+    """(meta, {item: tree of NumPy arrays}) of the newest step that is whole, or of `step` alone.
 
-    expect(meta) -> {item: tree of shapes}: what the model needs. Steps that are damaged are passed over with a warning.
+    expect(meta) -> {item: tree of shapes}: what the model needs; config: its own, as nested dicts, to name what may be
+    why the step does not fit. Steps that are damaged are passed over with a warning.
     Raises CheckpointError when there is no step, when none is whole (each with its reason), or when the newest whole
     one does not fit the model.
     """
-    reasons = []
+    reasons, there = [], steps(folder)
+    if step is not None and step not in there:
+        raise CheckpointError(f"there is no step {step} in {folder}; there are {', '.join(map(str, there)) or 'none'}")
     with open_manager(folder, read_only=True) as manager:
-        for step in reversed(steps(folder)):
+        for found in [step] if step is not None else reversed(there):
             try:
-                meta = _restore_meta(manager, step)
-                shapes = {name: manager.item_metadata(step)[name].tree for name in items}
+                meta = _restore_meta(manager, found)
+                if meta["format"] > FORMAT:
+                    raise CheckpointError(
+                        f"step {found} in {folder} has format {meta['format']}, this version reads up to {FORMAT}; "
+                        "update ddpm-jax"
+                    )
+                shapes = {name: _shapes(manager, found, name) for name in items}
+                if expect:
+                    why = trees.differences(meta["config"], config, "{} is {!r} there, {!r} here") if config else []
+                    _compare(f"step {found} in {folder}", shapes, expect(meta), why)
+                return meta, {name: _restore(manager, found, name, shapes[name], meta) for name in items}
+            except UserError:
+                raise
             except Exception as error:  # a damaged file can make Orbax raise anything
-                reasons.append(_passed_over(step, error))
-                continue
-            if meta["format"] > FORMAT:
-                raise CheckpointError(
-                    f"step {step} in {folder} has format {meta['format']}, this version reads up to {FORMAT}; "
-                    "update ddpm-jax"
-                )
-            if expect:
-                _compare(f"step {step} in {folder}", shapes, expect(meta))
-            try:
-                return meta, {name: _restore(manager, step, name, shapes[name], meta) for name in items}
-            except Exception as error:
-                reasons.append(_passed_over(step, error))
+                reasons.append(f"step {found}: {' '.join(str(error).split())[:200]}")
+                if step is None:
+                    warnings.warn(f"damaged checkpoint passed over, {reasons[-1]}", stacklevel=2)
     if reasons:
         raise CheckpointError(f"no checkpoint in {folder} can be used: {'; '.join(reasons)}")
     raise CheckpointError(f"there is no checkpoint in {folder}")
@@ -212,7 +230,7 @@ def verify(folder):
             try:
                 meta = _restore_meta(manager, step)
                 for name in meta["digests"].keys() - {"meta"}:
-                    _restore(manager, step, name, manager.item_metadata(step)[name].tree, meta)
+                    _restore(manager, step, name, _shapes(manager, step, name), meta)
             except Exception as error:  # a damaged file can make Orbax raise anything
                 fault = " ".join(str(error).split())[:200]
             yield step, meta, fault
@@ -222,13 +240,13 @@ def _restore_meta(manager, step):
     meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
     if _digest_meta(meta) != meta["digests"]["meta"]:
         raise ValueError("the checksum of meta differs")
-    return meta
+    return {"rollbacks": 0, "data": None} | meta  # what format 1 had not
 
 
-def _passed_over(step, error):
-    reason = f"step {step}: {' '.join(str(error).split())[:200]}"
-    warnings.warn(f"damaged checkpoint passed over, {reason}", stacklevel=3)
-    return reason
+def _shapes(manager, step, name):
+    if not (Path(manager.directory) / str(step) / name).is_dir():
+        raise FileNotFoundError(f"it has no {name}")
+    return manager.item_metadata(step)[name].tree
 
 
 def _restore(manager, step, name, shapes, meta):
@@ -241,29 +259,27 @@ def _restore(manager, step, name, shapes, meta):
     return tree
 
 
-def _compare(where, found, expected):
+def _compare(where, found, expected, why):
     """Raise CheckpointError naming up to ten arrays that differ in name, shape or type."""
 
-    def flat(items):
-        items = serialization.to_state_dict(items)
-        leaves = jax.tree_util.tree_leaves_with_path(items, is_leaf=lambda x: hasattr(x, "shape"))
-        return {trees.name(path): f"{np.dtype(leaf.dtype)}{list(leaf.shape)}" for path, leaf in leaves}
+    def described(items):
+        leaves = trees.flat(serialization.to_state_dict(items))
+        return {name: f"{np.dtype(leaf.dtype)}{list(leaf.shape)}" for name, leaf in leaves.items()}
 
-    found, expected = flat(found), flat(expected)
-    differ = [
-        f"{name} is {found.get(name, 'missing')}, the model has {expected.get(name, 'none')}"
-        for name in sorted({*found, *expected})
-        if found.get(name) != expected.get(name)
-    ]
+    differ = trees.differences(described(found), described(expected), "{}: {} there, {} in the model")
     if differ:
         more = f"; and {len(differ) - 10} more" if len(differ) > 10 else ""
-        raise CheckpointError(f"{where} does not fit the model: {'; '.join(differ[:10])}{more}")
+        config = f"; of the config, {'; '.join(why)}" if why else ""
+        raise CheckpointError(f"{where} does not fit the model: {'; '.join(differ[:10])}{more}{config}")
 
 
-def restore_state(folder, template):
-    """(TrainState of NumPy arrays, meta) of the newest whole step that fits `template` (a TrainState of shapes)."""
+def restore_state(folder, template, step=None, config=None):
+    """(TrainState of NumPy arrays, meta) of the newest whole step, or of `step`.
+
+    template: a TrainState of shapes, which it has to fit; config: see load.
+    """
     expected = {name: getattr(template, name) for name in _used(template)}
-    meta, items = load(folder, list(expected), lambda meta: expected)
+    meta, items = load(folder, list(expected), lambda meta: expected, step, config)
     parts = {name: serialization.from_state_dict(tree, items[name]) for name, tree in expected.items()}
     return template._replace(**parts, **{name: np.int32(meta[name]) for name in COUNTERS}), meta
 
@@ -275,23 +291,55 @@ def versions():
     return {"ddpm_jax": __version__} | {name: metadata.version(name) for name in names} | flags
 
 
+@dataclasses.dataclass(frozen=True)
+class Args(options.Arguments):
+    workdir: str = options.option("", "folder of the run")
+    clean: bool = options.option(False, "delete steps that were set aside (N.aside) or never finished")
+    debug: bool = options.option(False, "show tracebacks")
+
+
 def main():
     """List the steps of the run that the command line names; exit code 4 unless the newest is whole."""
-    if len(sys.argv) != 2:
-        raise ConfigError("name one folder of a run: python -m ddpm_jax.checkpoint runs/digits")
-    folder = Path(sys.argv[1]).expanduser() / "checkpoints"
+    argv = [f"--workdir={word}" if i == 0 and word[:1] != "-" else word for i, word in enumerate(sys.argv[1:])]
+    args = options.parse(Args, argv, "-m ddpm_jax.checkpoint RUN", __doc__)
+    workdir = Path(args.workdir).expanduser()
+    folder = workdir / "checkpoints"
+    if not args.workdir or not folder.is_dir():
+        raise CheckpointError(f"there is no run in {args.workdir!r}; python -m ddpm_jax.checkpoint runs/digits")
     quiet()
+    if args.clean:
+        lock(workdir)  # not while a run is writing there
+        clean(folder)
     fault, meta = "there is none", None
-    for step, found, fault in verify(folder) if folder.is_dir() else ():
-        size = sum(path.stat().st_size for path in (folder / str(step)).rglob("*") if path.is_file())
-        print(f"step {step:>9,}  {size / 1e6:>10,.1f} MB  {'whole' if fault is None else 'DAMAGED: ' + fault}")
+    for step, found, fault in verify(folder):
+        print(f"step {step:>9,}  {_size(folder / str(step)):>10,.1f} MB  {f'DAMAGED: {fault}' if fault else 'whole'}")
         meta = meta if fault else found
     if meta:
         versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
-        print(f"newest whole: step {meta['step']:,}, skipped {meta['skipped']:,}; images {meta['shape']}; {versions}")
+        counted = ", ".join(f"{name.replace('_', ' ')} {meta[name]:,}" for name in (*COUNTERS, "rollbacks"))
+        print(f"newest whole: {counted}; data {meta['data']}; {versions}")
+    for path in leftovers(folder):
+        print(f"left over: {path.name}, {_size(path):,.1f} MB; --clean deletes it")
     if fault:
         raise CheckpointError(f"the newest checkpoint in {folder} cannot be used: {fault}")
     return 0
+
+
+def leftovers(folder):
+    """What no run reads: steps set aside, and those whose writing was cut off."""
+    parts = [path for path in Path(folder).iterdir() if path.is_dir() and path.name.split(".")[0].isdigit()]
+    return sorted(path for path in parts if path.suffix == ASIDE or not (path / MARKER).exists())
+
+
+def clean(folder):
+    """Delete the leftovers."""
+    for path in leftovers(folder):
+        print(f"deleting {path}")
+        shutil.rmtree(path)
+
+
+def _size(path):
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 1e6
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Names and checksums of the arrays in a tree."""
+"""Names, differences and checksums of the leaves of a tree."""
 
 import zlib
 
@@ -9,6 +9,24 @@ import numpy as np
 def name(path):
     """The path of a leaf as text, block/kernel."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def flat(tree):
+    """{name: leaf} of the leaves of nested dicts, everything else counting as a leaf."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: not isinstance(node, dict))
+    return {name(path): leaf for path, leaf in leaves}
+
+
+def differences(one, other, text):
+    """`text` filled with (name, its leaf in one, in the other) for each name whose leaves differ."""
+    one, other = flat(one), flat(other)
+    pairs = [(name, one.get(name, "missing"), other.get(name, "missing")) for name in sorted({*one, *other})]
+    return [text.format(name, a, b) for name, a, b in pairs if a != b]
+
+
+def not_finite(tree):
+    """The names of the arrays with values that are not finite."""
+    return [name(path) for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if not np.isfinite(leaf).all()]
 
 
 def digest(tree):
