@@ -8,6 +8,7 @@ the data, the seed and the options. It is written as one JSON file.
 import dataclasses
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -64,7 +65,7 @@ def main():
 
     checkpoint.quiet()
     workdir, step = experiment.find(args.workdir, args.step)
-    out = Path(args.out or workdir / "evaluation.json").expanduser()
+    out = Path(os.path.expanduser(args.out or workdir / "evaluation.json"))
     if out.exists() and not out.is_file():
         raise errors.ConfigError(f"--out={out} is a folder or a device; give the name of a file")
     if out.exists() and not args.overwrite:

@@ -5,6 +5,7 @@ Needs the folder of the run and nothing else. Image i of a seed is the same pict
 
 import dataclasses
 import io
+import os
 import sys
 import time
 from pathlib import Path
@@ -68,7 +69,7 @@ def main():
 
     checkpoint.quiet()
     workdir, step = experiment.find(args.workdir, args.step)
-    out, indices = Path(args.out or workdir / "out").expanduser(), np.arange(1 if args.reconstruct else args.num)
+    out, indices = Path(os.path.expanduser(args.out or workdir / "out")), np.arange(1 if args.reconstruct else args.num)
     for name in () if args.overwrite else files(args, indices):
         if (out / name).exists():
             raise errors.ConfigError(f"{out} already holds samples ({name}); take another --out, or say --overwrite")

@@ -94,7 +94,7 @@ def find(path, step=0):
 
     Raises CheckpointError when it is none of them, ConfigError when it is the folder of another step than `step`.
     """
-    run, steps = Path(path).expanduser(), "checkpoints"
+    run, steps = Path(os.path.expanduser(path)), "checkpoints"
     if (run / steps).is_dir():
         return run, step or None
     run = Path(os.path.abspath(run))
@@ -125,7 +125,7 @@ def restore(workdir, weights, step=None):
         parts = make(from_json(json.dumps(meta["config"]), f"{folder}, meta"), meta["shape"])
         return {item: jax.eval_shape(parts.init, jax.random.key(0)) for item in items}
 
-    meta, trees = checkpoint.load(folder, items, expect, *([step] if items and step else []))
+    meta, trees = checkpoint.load(folder, items, expect, step if items else None)
     if items:
         return parts, trees[items[0]], meta["step"]
     template = jax.eval_shape(parts.init, jax.random.key(0))
