@@ -1,4 +1,4 @@
-"""What is printed may be lost: closed streams, full disks and odd terminals change neither the work nor its exit code."""
+"""What is printed may be lost: no closed stream, full disk or odd terminal changes the work or its exit code."""
 
 import fcntl
 import os
@@ -8,7 +8,6 @@ import struct
 import subprocess
 import sys
 import termios
-from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -35,11 +34,11 @@ sys.exit(errors.run(main))
 """
 
 
-def talk(folder, redirection="", fails="", **options):
+def talk(folder, redirection="", fails="", variables=(), **options):
     """The finished process of TALK under a shell's `redirection`."""
     return subprocess.run(
         ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, "-c", TALK, folder, fails],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | dict(variables),
         check=False,
         **options,
     )
@@ -112,7 +111,7 @@ def on_terminal(width, command, environment):
 
 TERMINALS = {  # variables, columns, whether a bar is drawn, whether in colour
     "wide": ({"TERM": "xterm-256color"}, 120, True, True),
-    "one column": ({"TERM": "xterm-256color"}, 1, True, True),
+    "one column": ({"TERM": "xterm-256color"}, 1, True, False),  # with nothing in it
     "no size": ({"TERM": "xterm-256color"}, 0, True, True),
     "five columns": ({"TERM": "xterm-256color", "COLUMNS": "5"}, 80, True, True),
     "no colour": ({"TERM": "xterm-256color", "NO_COLOR": "1"}, 120, True, False),
@@ -139,7 +138,7 @@ def test_fault_76_a_terminal_of_any_kind(tmp_path, terminal):
 
 def test_fault_76_no_terminal_no_bar(tmp_path):
     """Also where colours are asked for."""
-    done = talk(tmp_path, capture_output=True, text=True)
+    done = talk(tmp_path, variables={"FORCE_COLOR": "1"}, capture_output=True, text=True)
     assert not re.search(r"[\x1b\r]", done.stdout + done.stderr)
 
 
@@ -164,15 +163,12 @@ def test_fault_76_sampling_with_nothing_to_print_to(run, script, tmp_path):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("redirection", ["| true", ">&- 2>&-", ">/dev/full 2>&1"])
-def test_fault_76_every_command_without_a_reader(run, environment, tmp_path, redirection):
+@pytest.mark.parametrize("redirection", ["2>&1 | true", ">&- 2>&-"])
+def test_fault_76_every_command_without_a_reader(environment, tmp_path, redirection):
     """Training, sampling, evaluating and checking one after another; their exit codes go to a file."""
-    workdir, options = f"--workdir={tmp_path}/run", "--config.model.channels=4 --config.model.multipliers=1"
-    options += (
-        " --config.model.groups=2 --config.train.steps=3 --config.train.sample_steps=2 --config.train.log_every=1"
-    )
+    workdir, model = f"--workdir={tmp_path}/run", "--config.model.channels=4 --config.model.groups=2"
     commands = [
-        f"train.py {options} --config.train.sample_num=2 {workdir}",
+        f"train.py {workdir} {model} --config.train.steps=3 --config.train.sample_num=2 --config.train.sample_steps=2",
         f"sample.py {workdir} --num=2 --steps=2",
         f"evaluate.py {workdir} --num=2 --steps=2",
         f"-m ddpm_jax.checkpoint {tmp_path}/run",
@@ -181,5 +177,5 @@ def test_fault_76_every_command_without_a_reader(run, environment, tmp_path, red
     for command in commands:
         line = f"{{ {sys.executable} {command}; echo $? >>{tmp_path}/codes; }} {redirection}"
         subprocess.run(["sh", "-c", line], cwd=ROOT, env=environment, capture_output=True, timeout=300, check=False)
-    assert Path(tmp_path / "codes").read_text().split() == ["0", "0", "0", "0", "2"]
+    assert (tmp_path / "codes").read_text().split() == ["0", "0", "0", "0", "2"]
     assert (tmp_path / "run" / "evaluation.json").exists()
