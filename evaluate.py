@@ -8,13 +8,13 @@ the data, the seed and the options. It is written as one JSON file.
 import dataclasses
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
 
 from ddpm_jax import errors, options
 from ddpm_jax.files import write_atomic
-from sample import WEIGHTS
 
 METRICS = ("nll", "ode", "mse")
 EXACT = 16  # dimensions up to which a divergence is exact unless --divergence says otherwise
@@ -22,7 +22,8 @@ EXACT = 16  # dimensions up to which a divergence is exact unless --divergence s
 
 @dataclasses.dataclass(frozen=True)
 class Args(options.Arguments):
-    workdir: str = options.option("runs/digits", "folder of the run")
+    workdir: str = options.option("runs/digits", "folder of the run, or of one step of it")
+    step: int = options.option(0, "of the checkpoint; 0 for the newest", options.at_least(0))
     metrics: tuple[str, ...] = options.option(
         ("nll",),
         "what to measure, of nll,ode,mse",
@@ -32,7 +33,7 @@ class Args(options.Arguments):
     num: int = options.option(1000, "images, the first of the data", options.at_least(1))
     split: str = options.option("", "split of the data, in the spelling of TFDS; the run's own when empty")
     weights: str = options.option(
-        "ema", "averaged or plain parameters, or the length (sigma_rel) of a post-hoc average", WEIGHTS
+        "ema", "averaged or plain parameters, or the length (sigma_rel) of a post-hoc average", options.which_weights
     )
     steps: int = options.option(0, "steps of nll and mse; 0 for all T", options.at_least(0))
     spacing: str = options.option("trailing", "of these steps, a name in ddpm_jax.schedules.SPACINGS")
@@ -46,6 +47,7 @@ class Args(options.Arguments):
     seed: int = options.option(0, "seed of the noise", options.at_least(0), options.below(2**32))
     batch_size: int = options.option(64, "images at a time, over all devices", options.at_least(1))
     out: str = options.option("", "file to write; WORKDIR/evaluation.json when empty")
+    overwrite: bool = options.option(False, "write over a file that is there")
     platform: str = options.option("auto", "what to run on", options.one_of("auto", "cpu", "gpu", "tpu"))
     cpu_devices: int = options.option(
         0, "as how many devices a CPU is used; 0 for up to one a core", options.at_least(0)
@@ -55,12 +57,6 @@ class Args(options.Arguments):
 
 def main():
     args = options.parse(Args, sys.argv[1:], "evaluate.py", __doc__)
-    workdir = Path(args.workdir).expanduser()
-    out = Path(args.out).expanduser() if args.out else workdir / "evaluation.json"
-    if not (workdir / "checkpoints").is_dir():
-        raise errors.CheckpointError(
-            f"there is no run in {workdir} (no folder checkpoints); train first, or see --workdir"
-        )
 
     import jax
     import numpy as np
@@ -68,16 +64,18 @@ def main():
     from ddpm_jax import checkpoint, experiment, keys, log, parallel
 
     checkpoint.quiet()
+    workdir, step = experiment.find(args.workdir, args.step)
+    out = Path(os.path.expanduser(args.out or workdir / "evaluation.json"))
+    if out.exists() and not out.is_file():
+        raise errors.ConfigError(f"--out={out} is a folder or a device; give the name of a file")
+    if out.exists() and not args.overwrite:
+        raise errors.ConfigError(f"{out} already exists; take another --out, or say --overwrite")
     parallel.start(args.batch_size, platform=args.platform, distributed="off", cpu_devices=args.cpu_devices)
-    parts, params, step = experiment.restore(workdir, args.weights)
+    parts, params, step = experiment.restore(workdir, args.weights, step)
     plan = make_plan(args, parts)
     rows = load_rows(args, parts)
-    if out.is_dir():
-        raise errors.ConfigError(f"--out={out} is a folder; give the name of a file")
-    try:
+    with errors.writing(f"--out={out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise errors.ConfigError(f"cannot write to --out={out}: {error.strerror}") from error
     log.note(f"step {step:,} of {workdir}, {args.weights} weights, {', '.join(args.metrics)}, {parallel.describe()}")
 
     measure, root = parallel.pmap_rows(make_measure(args, parts, plan)), keys.root(args.seed, "evaluate")
@@ -96,11 +94,12 @@ def main():
     report = {"metrics": metrics, "num": args.num, "split": args.split or parts.config.data.split, "seed": args.seed}
     report |= {"weights": args.weights, "checkpoint_step": step, "config": dataclasses.asdict(parts.config)}
     report |= {"versions": checkpoint.versions(), "devices": parallel.describe()}
-    write_atomic(out, (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
     for name, told in metrics.items():
         error = "" if told["standard_error"] is None else f" +- {told['standard_error']:.4f}"
         rest = [f"{part} {value:.4f}" for part, value in told.get("parts", {}).items()]
         log.note(f"{name} {told['value']:.4f}{error} {told['unit']}" + (f" ({', '.join(rest)})" if rest else ""))
+    with errors.writing(f"--out={out}"):
+        write_atomic(out, (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
     log.note(f"wrote {out}")
     return 0
 
@@ -139,14 +138,13 @@ def load_rows(args, parts):
     """{"index", "image", "label"?}: the first --num images of the data that the run was trained on, or of --split."""
     import numpy as np
 
-    from ddpm_jax import data
-    from train import with_labels
+    from ddpm_jax import data, experiment
 
     config = parts.config.data
     if args.split and config.source.partition(":")[0] not in ("tfds", "digits"):
         raise errors.ConfigError(f"--split={args.split}, but data.source={config.source} has no splits")
     config = dataclasses.replace(config, split=args.split or config.split)
-    dataset = with_labels(data.load(**vars(config)), parts.config.model.num_classes)
+    dataset = experiment.with_labels(data.load(**vars(config)), parts.config.model.num_classes)
     there = len(dataset.images)
     if args.num > there:
         raise errors.ConfigError(f"--num={args.num}, but the data have {there:,} images; take --num={there} or fewer")

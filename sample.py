@@ -5,6 +5,7 @@ Needs the folder of the run and nothing else. Image i of a seed is the same pict
 
 import dataclasses
 import io
+import os
 import sys
 import time
 from pathlib import Path
@@ -12,13 +13,13 @@ from pathlib import Path
 from ddpm_jax import errors, options
 from ddpm_jax.files import write_atomic
 
-WEIGHTS = "ema, raw or a number", lambda value: value in ("ema", "raw") or options.parses(float, value)
 PAIR = "two values with a comma between", lambda value: len(value) in (0, 2)
 
 
 @dataclasses.dataclass(frozen=True)
 class Args(options.Arguments):
-    workdir: str = options.option("runs/digits", "folder of the run")
+    workdir: str = options.option("runs/digits", "folder of the run, or of one step of it")
+    step: int = options.option(0, "of the checkpoint; 0 for the newest", options.at_least(0))
     num: int = options.option(64, "images", options.at_least(1))
     seed: int = options.option(0, "seed of the images", options.at_least(0), options.below(2**32))
     sampler: str = options.option("ddpm", "a name in ddpm_jax.samplers.SAMPLERS")
@@ -29,10 +30,10 @@ class Args(options.Arguments):
     variance: str | None = options.option(None, "of the sampler ddpm, a name in ddpm_jax.diffusion.VARIANCES")
     limit: str = options.option("clip", "on x_0_hat, a name in ddpm_jax.diffusion.LIMITS")
     weights: str = options.option(
-        "ema", "averaged or plain parameters, or the length (sigma_rel) of a post-hoc average", WEIGHTS
+        "ema", "averaged or plain parameters, or the length (sigma_rel) of a post-hoc average", options.which_weights
     )
     label: int | None = options.option(None, "class of all images; without it each class in turn")
-    guidance: float = options.option(1.0, "scale of classifier-free guidance; 1 for none")
+    guidance: float = options.option(1.0, "scale of classifier-free guidance; 1 for none", options.finite)
     interval: tuple[float, ...] = options.option((), "LOW,HIGH: the times with guidance; empty for all", PAIR)
     interpolate: tuple[str, ...] = options.option((), "two pictures, to be joined by --num images", PAIR)
     level: float = options.option(
@@ -61,31 +62,20 @@ FRAMES = 40  # of the GIF
 
 def main():
     args = options.parse(Args, sys.argv[1:], "sample.py", __doc__)
-    workdir = Path(args.workdir).expanduser()
-    out = Path(args.out or workdir / "out").expanduser()
-    if not (workdir / "checkpoints").is_dir():
-        raise errors.CheckpointError(
-            f"there is no run in {workdir} (no folder checkpoints); train first, or see --workdir"
-        )
-    if (out / "samples.npz").exists() and not args.overwrite:
-        raise errors.ConfigError(f"{out} already holds samples; take another --out, or say --overwrite")
 
     import numpy as np
 
     from ddpm_jax import checkpoint, experiment, images, keys, log, parallel
 
     checkpoint.quiet()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise errors.ConfigError(f"cannot write to --out={out}: {error.strerror}") from error
+    workdir, step = experiment.find(args.workdir, args.step)
+    out, indices = Path(os.path.expanduser(args.out or workdir / "out")), np.arange(1 if args.reconstruct else args.num)
+    for name in () if args.overwrite else files(args, indices):
+        if (out / name).exists():
+            raise errors.ConfigError(f"{out} already holds samples ({name}); take another --out, or say --overwrite")
     parallel.start(args.batch_size, platform=args.platform, distributed="off", cpu_devices=args.cpu_devices)
-    parts, params, step = experiment.restore(workdir, args.weights)
-    steps = args.steps or parts.config.diffusion.T
-    log.note(
-        f"step {step:,} of {workdir}, {args.weights} weights, {args.sampler} with {steps} steps, {parallel.describe()}"
-    )
-    indices, root = np.arange(1 if args.reconstruct else args.num), keys.root(args.seed, "sample")
+    parts, params, step = experiment.restore(workdir, args.weights, step)
+    steps, root = args.steps or parts.config.diffusion.T, keys.root(args.seed, "sample")
     labels = choose_labels(args.label, parts, indices)
     given = {name: getattr(args, name) for name in ("eta", "churn", "variance") if getattr(args, name) is not None}
     generate = experiment.make_generate(
@@ -101,6 +91,11 @@ def main():
         choose_edit(args, parts, root),
         **given,
     )
+    with errors.writing(f"--out={out}"):
+        out.mkdir(parents=True, exist_ok=True)
+    log.note(
+        f"step {step:,} of {workdir}, {args.weights} weights, {args.sampler} with {steps} steps, {parallel.describe()}"
+    )
     params = parallel.replicate(params)
     clock, batches = time.monotonic(), []
     for batch in parallel.generate_batches(
@@ -113,15 +108,22 @@ def main():
 
     buffer = io.BytesIO()
     np.savez(buffer, images=samples, **({} if labels is None else {"labels": labels}))
-    write_atomic(out / "samples.npz", buffer.getvalue())
-    images.save_png(out / "grid.png", images.grid(samples[:256]))
-    if args.png:
-        for index, image in zip(indices, samples, strict=True):
-            images.save_png(out / f"image_{index:06}.png", image)
-    if args.gif:
-        images.save_gif(out / "denoising.gif", [images.grid(page) for page in batches[0][:64].swapaxes(0, 1)])
+    with errors.writing(f"--out={out}"):
+        write_atomic(out / "samples.npz", buffer.getvalue())
+        images.save_png(out / "grid.png", images.grid(samples[:256]))
+        if args.png:
+            for index, image in zip(indices, samples, strict=True):
+                images.save_png(out / f"image_{index:06}.png", image)
+        if args.gif:
+            images.save_gif(out / "denoising.gif", [images.grid(page) for page in batches[0][:64].swapaxes(0, 1)])
     log.note(f"wrote {out / 'grid.png'} and samples.npz")
     return 0
+
+
+def files(args, indices):
+    """The names of the files that are written."""
+    pictures = [f"image_{index:06}.png" for index in indices] if args.png else []
+    return ["samples.npz", "grid.png", *pictures, *(["denoising.gif"] if args.gif else [])]
 
 
 def choose_labels(label, parts, indices):
@@ -139,7 +141,7 @@ def choose_labels(label, parts, indices):
 
 def choose_edit(args, parts, root):
     """What --interpolate, --inpaint or --reconstruct put in the place of pure noise; None for none of them."""
-    from ddpm_jax import editing, keys
+    from ddpm_jax import editing, keys, schedules
 
     asked = [name for name in ("interpolate", "inpaint", "reconstruct") if getattr(args, name)]
     if len(asked) > 1:
@@ -153,7 +155,11 @@ def choose_edit(args, parts, root):
             raise errors.ConfigError(f"--{name} belongs to --{needs}")
     if args.inpaint and args.jump >= (args.steps or parts.config.diffusion.T):
         raise errors.ConfigError(f"--jump={args.jump} must be less than the steps; nothing would be repeated")
+    if args.reconstruct and args.num not in (1, Args.num):
+        raise errors.ConfigError(f"--reconstruct makes one image; leave --num={args.num} out")
     if args.interpolate:
+        if args.level % 1 and isinstance(parts.schedule, schedules.DiscreteSchedule):
+            raise errors.ConfigError(f"--level={args.level:g} must be a whole time, from 1 to {parts.schedule.T}")
         level = args.level or parts.schedule.T / 2
         if not 0 < level <= parts.schedule.T:
             raise errors.ConfigError(f"--level={level:g} must be above 0 and at most {parts.schedule.T}")

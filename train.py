@@ -81,7 +81,7 @@ def prepare(args, workdir, say):
     dataset = data.load(**vars(config.data))
     images = "x".join(map(str, dataset.images.shape[1:]))
     say(f"{config.data.source}: {len(dataset.images):,} images of {images}")
-    dataset = with_labels(dataset, config.model.num_classes)
+    dataset = experiment.with_labels(dataset, config.model.num_classes)
     data.batch(dataset, 0, 0, config.train.batch_size)  # refuses too few images
     parts = experiment.make(config, dataset.images.shape[1:])
     say(
@@ -307,18 +307,6 @@ def dry_run(config, say):
     metrics = on_host(compiled(state, batch, root)[1])
     say(f"one step took {time.monotonic() - clock:.2f} s, loss {metrics['loss']:.4f}; dry run done, nothing written")
     return 0
-
-
-def with_labels(dataset, num_classes):
-    """The data set with labels if the model has classes, and without if not."""
-    if not num_classes:
-        return dataset._replace(labels=None)
-    if dataset.labels is None:
-        raise errors.ConfigError(f"model.num_classes={num_classes}, but the data have no labels; set it to 0")
-    if dataset.labels.max() >= num_classes or dataset.labels.min() < 0:
-        low, high = dataset.labels.min(), dataset.labels.max()
-        raise errors.ConfigError(f"model.num_classes={num_classes}, but labels run from {low} to {high}")
-    return dataset
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """Errors that the user can mend: one line each, and the exit code that goes with it."""
 
+import contextlib
+import io
+import os
 import sys
 import warnings
 
@@ -43,8 +46,38 @@ class OutOfMemory(UserError):
     exit_code = 1
 
 
+@contextlib.contextmanager
+def writing(where):
+    """A file or folder inside that cannot be written is a ConfigError that names the option `where`."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"cannot write to {where}: {error.strerror or error}") from error
+
+
 PREEMPTED = 75  # EX_TEMPFAIL: saved, run the same command again
 INTERRUPTED = 130  # Ctrl-C
+
+
+class _Unread(io.FileIO):
+    """The file of a stream that perhaps nobody reads: what cannot be written to it is lost."""
+
+    def write(self, data):
+        try:
+            return super().write(data) or len(data)
+        except OSError:
+            return len(data)
+
+
+def _let_streams_fail():
+    """A closed pipe, a full disk or no stdout at all is no reason to end: the work is not done for what is printed."""
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # it was closed: without this a file of ours gets its number, and native code prints into it
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
+        elif stream is getattr(sys, f"__{name}__") and name != "stdin":
+            file = io.BufferedWriter(_Unread(stream.fileno(), "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(file, stream.encoding, stream.errors, line_buffering=True))
 
 
 def run(main):
@@ -53,6 +86,7 @@ def run(main):
     With `--debug` on the command line the traceback is shown instead.
     """
     debug = "--debug" in sys.argv or "--debug=true" in sys.argv
+    _let_streams_fail()
 
     def show(message, category, filename, lineno, file=None, line=None):
         print(f"warning: {message}", file=sys.stderr, flush=True)

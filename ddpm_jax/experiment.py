@@ -1,7 +1,9 @@
 """From a Config to the parts of a run. Only this file and the scripts see a Config; all others take plain values."""
 
 import json
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -19,7 +21,7 @@ from ddpm_jax import (
     unet,
 )
 from ddpm_jax.config import Config, from_json
-from ddpm_jax.errors import ConfigError
+from ddpm_jax.errors import CheckpointError, ConfigError
 from ddpm_jax.schedules.report import warn_of_signal
 
 
@@ -87,30 +89,64 @@ def _check_signal(names, schedule):
         )
 
 
-def restore(workdir, weights):
-    """(Experiment, parameters, step) of the newest whole checkpoint of a run.
+def find(path, step=0):
+    """(folder of the run, step or None for the newest) from that folder, its folder checkpoints or a step's folder.
 
-    weights: "ema", "raw", or the sigma_rel of an average of that length, put together from the stored ones; its step
-    is that of the last of them, counted in updates.
+    Raises CheckpointError when it is none of them, ConfigError when it is the folder of another step than `step`.
+    """
+    run, steps = Path(os.path.expanduser(path)), "checkpoints"
+    if (run / steps).is_dir():
+        return run, step or None
+    run = Path(os.path.abspath(run))
+    if run.name == steps and run.is_dir():
+        return run.parent, step or None
+    if run.parent.name == steps and run.parent.is_dir() and run.name.isdigit():
+        if step not in (0, int(run.name)):
+            raise ConfigError(f"--workdir={path} is another step than --step={step}; leave one of them out")
+        return run.parent.parent, int(run.name)
+    raise CheckpointError(f"there is no run in {path} (no folder {steps}); train first, or see --workdir")
+
+
+def restore(workdir, weights, step=None):
+    """(Experiment, parameters, step) of the newest whole checkpoint of a run, or of that of `step`.
+
+    weights: "ema", "raw", or the sigma_rel of an average of that length, put together from the stored ones; its step,
+    the last of them when not given, is counted in updates.
     """
     folder, parts = workdir / "checkpoints", None
     items = {"ema": ["ema_params"], "raw": ["params"]}.get(weights, [])
+    newest = folder / str(step or max(checkpoint.steps(folder), default=0))
+    if newest.is_dir() and not all((newest / item).is_dir() for item in items):
+        other = "raw" if weights == "ema" else "ema"
+        raise CheckpointError(f"{newest} has no {items[0]}; try --weights={other}, or another --step")
 
     def expect(meta):
         nonlocal parts
         parts = make(from_json(json.dumps(meta["config"]), f"{folder}, meta"), meta["shape"])
         return {item: jax.eval_shape(parts.init, jax.random.key(0)) for item in items}
 
-    meta, trees = checkpoint.load(folder, items, expect)
+    meta, trees = checkpoint.load(folder, items, expect, step if items else None)
     if items:
         return parts, trees[items[0]], meta["step"]
     template = jax.eval_shape(parts.init, jax.random.key(0))
-    step = averages.stored(workdir / "averages")[-1][0]
+    step = step or averages.stored(workdir / "averages")[-1][0]
     return parts, averages.reconstruct(workdir / "averages", template, float(weights), step), step
 
 
 def parameter_count(experiment):
     return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(experiment.init, jax.random.key(0))))
+
+
+def with_labels(dataset, num_classes):
+    """The data set with labels if the model has classes, and without if not."""
+    if not num_classes:
+        return dataset._replace(labels=None)
+    if dataset.labels is None:
+        raise ConfigError(f"model.num_classes={num_classes}, but the data have no labels; set it to 0")
+    if dataset.labels.max() >= num_classes or dataset.labels.min() < 0:
+        low, high = dataset.labels.min(), dataset.labels.max()
+        raise ConfigError(f"model.num_classes={num_classes}, but labels run from {low} to {high}")
+    return dataset
 
 
 def labels_in_turn(experiment, indices):

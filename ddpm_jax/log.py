@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import math
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,9 +20,14 @@ def note(text):
     print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
+def _draws(stream):
+    """Whether a bar can be drawn there: a terminal that can go back to the start of a line."""
+    return stream is not None and stream.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
+
+
 def progress(items, total, what):
     """`items` one by one, with a bar on a terminal."""
-    if not sys.stderr.isatty():
+    if not _draws(sys.stderr):
         yield from items
         return
     from rich.console import Console
@@ -104,7 +110,7 @@ def _console(step, total):
             + (f"  skipped {row['skipped']}" if row["skipped"] else "")
         )
 
-    if not sys.stdout.isatty():
+    if not _draws(sys.stdout):
 
         def show(row):
             pace = row["seconds_per_step"]

@@ -41,6 +41,7 @@ def one_of(*choices):
 
 
 finite = ("finite", math.isfinite)
+which_weights = "ema, raw or a number", lambda value: value in ("ema", "raw") or parses(float, value)
 
 
 class Section:

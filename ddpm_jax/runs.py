@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ddpm_jax import checkpoint, parallel, trees
 from ddpm_jax import config as configs
-from ddpm_jax.errors import ConfigError
+from ddpm_jax.errors import ConfigError, writing
 from ddpm_jax.files import lock, write_atomic
 from ddpm_jax.options import nearest
 
@@ -53,30 +53,26 @@ def check_same(config, data):
 
 def claim(workdir):
     """Make the folder and keep other runs out of it for as long as this process lives."""
-    try:
+    with writing(f"--workdir={workdir}"):
         (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
         lock(workdir)
-    except OSError as error:
-        raise ConfigError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
 
 
 def record(workdir, config):
     """Write config.json, and add this start to run.json: versions, devices, command, git revision."""
-    try:
-        write_atomic(workdir / "config.json", configs.to_json(config).encode())
-        file = workdir / "run.json"
+    file = workdir / "run.json"
+    this = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "argv": sys.argv,
+        "devices": parallel.describe(),
+        "versions": checkpoint.versions() | {"python": sys.version.split()[0]},
+        "git": revision(),
+        "xla_flags": os.environ.get("XLA_FLAGS"),
+    }
+    with writing(f"--workdir={workdir}"):
         starts = json.loads(file.read_text()) if file.exists() else []
-        this = {
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "argv": sys.argv,
-            "devices": parallel.describe(),
-            "versions": checkpoint.versions() | {"python": sys.version.split()[0]},
-            "git": revision(),
-            "xla_flags": os.environ.get("XLA_FLAGS"),
-        }
+        write_atomic(workdir / "config.json", configs.to_json(config).encode())
         write_atomic(file, (json.dumps([*starts, this], indent=2) + "\n").encode())
-    except OSError as error:
-        raise ConfigError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
 
 
 def revision():

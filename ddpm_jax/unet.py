@@ -40,12 +40,12 @@ def dense(features, dtype, zero=False, name=None):
     return nn.Dense(features, dtype=dtype, kernel_init=nn.initializers.zeros if zero else fan_avg, name=name)
 
 
-def group_norm(groups, channels, name=None):
+def group_norm(groups, channels, name=None, block="the U-Net"):
     """Group norm in float32. On one image all three axes are named, else Linen takes the first for the batch."""
     groups = _largest_divisor(channels) if groups == "auto" else groups
     if channels % groups:
         raise ConfigError(
-            f"model.groups={groups} does not divide the {channels} channels that a group norm of the U-Net meets; "
+            f"model.groups={groups} does not divide the {channels} channels of {block}; "
             f"take model.channels that are a multiple of {groups}, or model.groups=auto"
         )
     return nn.GroupNorm(groups, epsilon=1e-6, reduction_axes=(-3, -2, -1), use_fast_variance=False, name=name)
@@ -60,10 +60,10 @@ class ResBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, embedding):
-        h = nn.swish(group_norm(self.groups, x.shape[-1], "norm_1")(x))
+        h = nn.swish(group_norm(self.groups, x.shape[-1], "norm_1", self.name)(x))
         h = convolution(self.features, 3, self.dtype, name="conv_1")(h)
         embedding = dense(self.features * (1 + self.scale_shift), self.dtype, name="time")(nn.swish(embedding))
-        norm = group_norm(self.groups, self.features, "norm_2")
+        norm = group_norm(self.groups, self.features, "norm_2", self.name)
         if self.scale_shift:
             scale, shift = jnp.split(embedding, 2)
             h = norm(h) * (1 + scale) + shift
@@ -87,8 +87,10 @@ class Attention(nn.Module):
     def __call__(self, x):
         height, width, channels = x.shape
         if channels % self.num_heads:
-            raise ConfigError(f"model.num_heads={self.num_heads} does not divide the {channels} channels of a level")
-        h = group_norm(self.groups, channels, "norm")(x)
+            raise ConfigError(
+                f"model.num_heads={self.num_heads} does not divide the {channels} channels of {self.name}"
+            )
+        h = group_norm(self.groups, channels, "norm", self.name)(x)
         q, k, v = (
             dense(channels, self.dtype, name=name)(h).reshape(height * width, self.num_heads, -1) for name in "qkv"
         )

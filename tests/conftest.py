@@ -1,7 +1,11 @@
 """Eight virtual devices for all tests, and a net small enough to compile in seconds."""
 
 import contextlib
+import dataclasses
 import os
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -12,7 +16,10 @@ import jax
 import numpy as np
 import pytest
 
-from ddpm_jax import diffusion, schedules, unet
+from ddpm_jax import checkpoint, diffusion, errors, experiment, schedules, unet
+from ddpm_jax.config import Config, Data, Diffusion, Model
+
+ROOT = Path(__file__).parent.parent
 
 TINY = {
     "channels": 8,
@@ -63,11 +70,74 @@ def environment(tmp_path_factory):
     names = {"TFDS_DATA_DIR": "tfds", "HOME": "home", "JAX_COMPILATION_CACHE_DIR": "compiled"}
     own = {name: str(folder / sub) for name, sub in names.items()}
     kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")}
-    return (
-        kept
-        | own
-        | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    return kept | own | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="session")
+def script(environment):
+    """script("train.py", option, ...) -> the finished process."""
+
+    def run(*command, shell="", **variables):
+        return subprocess.run(
+            ["sh", "-c", shell + ' exec "$@"', "sh", sys.executable, *map(str, command)],
+            cwd=ROOT,
+            env=environment | variables,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    return run
+
+
+T, NUM = 12, 11
+
+
+def make_run(folder, steps=(5,), scale=1.0, **changes):
+    """A run's folder with checkpoints of random parameters times `scale`, for 11 images of 4x4 with labels.
+
+    Returns the folder, the Experiment, the averaged parameters of the last step and the images.
+    """
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (NUM, 4, 4, 1), np.uint8)
+    np.savez(folder / "data.npz", images=images, labels=random.permutation(NUM) % 3)
+    model = {"channels": 4, "multipliers": (1,), "num_res_blocks": 1, "attention_resolutions": (), "groups": 2}
+    config = Config(
+        data=Data(source=f"npz:{folder / 'data.npz'}"),
+        model=Model(**model | changes.pop("model", {})),
+        diffusion=Diffusion(**{"schedule": "cosine", "T": T} | changes),
+        train=dataclasses.replace(Config().train, sample_steps=T),
     )
+    parts = experiment.make(config, (4, 4, 1))
+    init_state, _ = experiment.make_training(parts)
+    state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(init_state))
+    with checkpoint.open_manager(folder / "checkpoints") as manager:
+        for step in steps:
+            drawn = [random_params(parts.init, seed + 2 * (steps[-1] - step)) for seed in (1, 2)]
+            params, ema_params = jax.tree.map(lambda leaf: np.float32(scale) * leaf, drawn)
+            state = state._replace(step=np.int32(step), params=params, ema_params=ema_params)
+            checkpoint.save(manager, state, config=dataclasses.asdict(config), shape=parts.shape)
+        checkpoint.finish(manager)
+    return folder, parts, state.ema_params, images
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(module, option, ...) -> exit code, stdout, stderr of that script in this process, on its eight devices."""
+
+    def run(module, *arguments):
+        with warnings.catch_warnings():
+            monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, arguments)])
+            code = errors.run(module.main)
+        return code, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture

@@ -1,64 +1,23 @@
 """evaluate.py on runs made by hand: what its file tells, that it depends on nothing else, and its errors."""
 
-import dataclasses
+import functools
 import json
 import subprocess
 import sys
-import warnings
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from conftest import random_params
+from conftest import NUM, ROOT, T, make_run
 
 import evaluate
-from ddpm_jax import checkpoint, errors, experiment, keys, likelihood
-from ddpm_jax.config import Config, Data, Diffusion, Model
-
-ROOT = Path(__file__).parent.parent
-T, NUM = 12, 11
-
-
-def make_run(folder, **changes):
-    """A run's folder with one checkpoint of random parameters, for 11 images of 4x4 with labels."""
-    random = np.random.default_rng(0)
-    images = random.integers(0, 256, (NUM, 4, 4, 1), np.uint8)
-    np.savez(folder / "data.npz", images=images, labels=random.permutation(NUM) % 3)
-    model = {"channels": 4, "multipliers": (1,), "num_res_blocks": 1, "attention_resolutions": (), "groups": 2}
-    config = Config(
-        data=Data(source=f"npz:{folder / 'data.npz'}"),
-        model=Model(**model | changes.pop("model", {})),
-        diffusion=Diffusion(**{"schedule": "cosine", "T": T} | changes),
-        train=dataclasses.replace(Config().train, sample_steps=T),
-    )
-    parts = experiment.make(config, (4, 4, 1))
-    init_state, _ = experiment.make_training(parts)
-    drawn = {"params": random_params(parts.init, 1), "ema_params": random_params(parts.init, 2)}
-    with checkpoint.open_manager(folder / "checkpoints") as manager:
-        state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(init_state))
-        state = state._replace(step=np.int32(5), **drawn)
-        checkpoint.save(manager, state, config=dataclasses.asdict(config), shape=parts.shape)
-        checkpoint.finish(manager)
-    return folder, parts, drawn["ema_params"], images
-
-
-@pytest.fixture(scope="session")
-def run(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("run"))
+from ddpm_jax import keys, likelihood
 
 
 @pytest.fixture
-def script(monkeypatch, capsys):
-    """script(option, ...) -> exit code, stdout, stderr of evaluate.py in this process, on its eight devices."""
-
-    def call(*arguments):
-        with warnings.catch_warnings():
-            monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-            code = errors.run(evaluate.main)
-        return code, *capsys.readouterr()
-
-    return call
+def script(call):
+    """script(option, ...) -> exit code, stdout, stderr of evaluate.py."""
+    return functools.partial(call, evaluate)
 
 
 @pytest.fixture(scope="session")
@@ -158,7 +117,7 @@ def test_batch_and_devices_change_nothing(run, whole, script):
         wanted = whole[0]["metrics"][name]
         assert metric["value"] == pytest.approx(wanted["value"], rel=2e-5)
         assert metric["standard_error"] == pytest.approx(wanted["standard_error"], rel=1e-3)
-    assert script(*options, "--metrics=mse", "--seed=1")[0] == 0
+    assert script(*options, "--metrics=mse", "--seed=1", "--overwrite")[0] == 0
     other = values(json.loads((run[0] / "again.json").read_text()))
     assert other != pytest.approx(values(again)[2:], rel=1e-4)
 
@@ -188,7 +147,7 @@ def test_each_image_goes_with_its_own_label(tmp_path, script):
     found = []
     for label in (0, 1):
         np.savez(tmp_path / "data.npz", images=images, labels=np.full(NUM, label))
-        assert script(f"--workdir={tmp_path}", "--num=8", "--steps=1", "--metrics=mse")[0] == 0
+        assert script(f"--workdir={tmp_path}", "--num=8", "--steps=1", "--metrics=mse", "--overwrite")[0] == 0
         found += values(json.loads((tmp_path / "evaluation.json").read_text()))
     assert found[0] != pytest.approx(found[1], rel=1e-4)
 

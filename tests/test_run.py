@@ -35,24 +35,6 @@ TINY = [
 
 
 @pytest.fixture(scope="session")
-def script(environment):
-    """script("train.py", option, ...) -> the finished process."""
-
-    def run(*command, shell="", **variables):
-        return subprocess.run(
-            ["sh", "-c", shell + ' exec "$@"', "sh", sys.executable, *map(str, command)],
-            cwd=ROOT,
-            env=environment | variables,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-
-    return run
-
-
-@pytest.fixture(scope="session")
 def trained(script, tmp_path_factory):
     """The folder of a run of 60 steps that nothing interrupted, on one device."""
     workdir = tmp_path_factory.mktemp("unbroken") / "run"

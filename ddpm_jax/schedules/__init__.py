@@ -37,9 +37,9 @@ from ddpm_jax.schedules.levels import (  # noqa: F401
 from ddpm_jax.schedules.spacings import SPACINGS
 
 
-def _spaced(table, n, spacing):
+def _spaced(table, n, spacing, most):
     if not 1 <= n < len(table):
-        raise ConfigError(f"steps={n} must be from 1 to T={len(table) - 1}")
+        raise ConfigError(f"steps={n} must be from 1 to {most}")
     if spacing not in SPACINGS:
         raise ConfigError(f"spacing={spacing} is not one of {', '.join(SPACINGS)}")
     return SPACINGS[spacing](table, n)
@@ -84,7 +84,7 @@ class DiscreteSchedule(NamedTuple):
 
     def times(self, n, spacing="trailing"):
         """Times of an n-step sampler, falling from at most T to 0: NumPy int32 (n + 1,)."""
-        return _spaced(self.table, n, spacing)
+        return _spaced(self.table, n, spacing, f"T={self.T}")
 
     def shifted(self, by):
         """The schedule with `by` added to all log-SNRs."""
@@ -129,7 +129,8 @@ class ContinuousSchedule(NamedTuple):
 
     def times(self, n, spacing="trailing"):
         """Times of an n-step sampler, falling from at most 1 to 0: NumPy float64 (n + 1,)."""
-        return _spaced(self._table(), n, spacing) * FIRST
+        most = f"{round(1 / FIRST)}, the times that are told apart on a continuous schedule"
+        return _spaced(self._table(), n, spacing, most) * FIRST
 
     def shifted(self, by):
         """The schedule with `by` added to all log-SNRs."""
