@@ -60,15 +60,14 @@ def main():
             parallel.check_batch_size(config.batch_size, config.accumulate)
             return dry_run(args.config, say)
         parts, dataset = parallel.together(lambda: prepare(args, workdir, say))
-        fingerprint = data.fingerprint(dataset)
-        runs.check_same(args.config, fingerprint)
+        runs.check_same(args.config, data.fingerprint(dataset))
         done = max(checkpoint.steps(workdir / "checkpoints"), default=0)
         if done >= config.steps and not args.step:
             say(f"already finished at step {done:,}; for more, --config.train.steps={2 * done}")
             return 0
         # All is checked: from here on the folder of the run is written.
         parallel.together(lambda: parallel.is_first() and runs.claim(workdir))
-        return train(args, parts, dataset, fingerprint, workdir, asked, say)
+        return train(parts, dataset, workdir, asked, say, args.step or None, args.allow_change)
 
 
 def prepare(args, workdir, say):
@@ -107,17 +106,17 @@ class RollBack(Exception):
     """A step was not finite."""
 
 
-def train(args, parts, dataset, fingerprint, workdir, asked, say):
-    """Algorithm 1 from a checkpoint, or from the beginning, to the last step; the exit code."""
+def train(parts, dataset, workdir, asked, say, step=None, allowed=()):
+    """Algorithm 1 from the newest checkpoint, that of `step` or from the beginning to the last step; the exit code."""
     import jax
 
-    from ddpm_jax import checkpoint, experiment, parallel, runs, signals
+    from ddpm_jax import checkpoint, data, experiment, parallel, runs, signals
 
     config, folder = parts.config.train, workdir / "checkpoints"
     init_state, train_step = experiment.make_training(parts)
-    entries = {"config": dataclasses.asdict(parts.config), "shape": parts.shape, "data": fingerprint}
-    entries |= {"devices": parallel.describe()}
-    step, rollbacks, tries = args.step or None, 0, {}
+    entries = {"config": dataclasses.asdict(parts.config), "shape": parts.shape}
+    entries |= {"data": data.fingerprint(dataset), "devices": parallel.describe()}
+    rollbacks, tries = 0, {}
     with signals.watchdog(config.watchdog, config.watchdog_abort) as feed:
         train_step, write_grid = parallel.pmap_step(train_step), make_grid_writer(parts, workdir)
         run = Run(parts, dataset, workdir, entries, train_step, write_grid, asked, feed, say)
@@ -125,7 +124,7 @@ def train(args, parts, dataset, fingerprint, workdir, asked, say):
             state, window = None, []  # metrics of the steps since the last line of the log
             if checkpoint.steps(folder) or step:
                 state, meta, told = runs.resume(
-                    parts, jax.eval_shape(init_state), fingerprint, workdir, step, args.allow_change
+                    parts, jax.eval_shape(init_state), entries["data"], workdir, step, allowed
                 )
                 window, rollbacks = meta["window"], max(rollbacks, meta["rollbacks"])
                 for line in told:

@@ -11,7 +11,6 @@ import dataclasses
 import itertools
 import operator
 import resource
-import signal
 import statistics
 import sys
 import tempfile
@@ -45,7 +44,6 @@ def main():
 
     import jax
 
-    import train
     from ddpm_jax import checkpoint, data, experiment, log, parallel
 
     jax.config.update("jax_enable_compilation_cache", False)
@@ -55,7 +53,7 @@ def main():
     log.note(parallel.describe())
     versions = checkpoint.versions() | {"python": sys.version.split()[0]}
     log.note(", ".join(f"{name} {version}" for name, version in versions.items()))
-    dataset = train.with_labels(data.load(**vars(config.data)), config.model.num_classes)
+    dataset = experiment.with_labels(data.load(**vars(config.data)), config.model.num_classes)
     parts = experiment.make(config, dataset.images.shape[1:])
     log.note(
         f"{args.config_file}: {experiment.parameter_count(parts):,} parameters, "
@@ -177,18 +175,13 @@ def run_loop(parts, dataset, bare):
 
         return real._replace(write=write)
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with contextlib.ExitStack() as stack:
-        for number, handler in handlers.items():
-            stack.callback(signal.signal, number, handler)
         stack.enter_context(mock.patch.object(log, "open_log", open_watched))
         no_grids = mock.patch.object(train, "make_grid_writer", return_value=lambda *_: None)  # even at the last step
         stack.enter_context(no_grids)
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        code = train.train(parts, dataset, Path(folder), lambda text: None)
-    if code:  # a signal ended it
-        raise KeyboardInterrupt
+        train.train(parts, dataset, Path(folder), lambda: None, lambda text: None)
     steps = [after["step"] - before["step"] for before, after in itertools.pairwise(rows)]
     return bares, steps, [row["seconds_per_step"] for row in rows[1:]], clocked[1:]
 
