@@ -2,7 +2,10 @@
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import os
+import socket
 import subprocess
 import sys
 import warnings
@@ -89,6 +92,58 @@ def script(environment):
         )
 
     return run
+
+
+SMALL = [  # a run of a few seconds
+    "--config.model.channels=8",
+    "--config.model.multipliers=1",
+    "--config.model.attention_resolutions=8",
+    "--config.model.groups=4",
+    "--config.train.batch_size=16",
+    "--config.train.warmup_steps=5",
+    "--config.train.log_every=7",
+    "--config.train.checkpoint_every=10",
+    "--config.train.sample_every=1000",
+    "--config.train.sample_num=3",
+    "--config.train.sample_steps=3",
+]
+
+
+@pytest.fixture(scope="session")
+def trained(script, tmp_path_factory):
+    """The folder of a run of 60 steps that nothing interrupted, on one device."""
+    workdir = tmp_path_factory.mktemp("unbroken") / "run"
+    done = script("train.py", *SMALL, "--config.train.steps=60", f"--workdir={workdir}", "--cpu-devices=1")
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def fingerprint(workdir):
+    """SHA-256 over parameters, average, optimiser state and counters of the newest step."""
+    meta, trees = checkpoint.load(workdir / "checkpoints", checkpoint.ARRAYS[:3])
+    sha = hashlib.sha256(json.dumps([meta[name] for name in checkpoint.COUNTERS]).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(trees):
+        sha.update(f"{path} {leaf.dtype} {leaf.shape}".encode())
+        sha.update(np.ascontiguousarray(leaf).tobytes())
+    return sha.hexdigest()
+
+
+def metrics(workdir):
+    """The rows of metrics.jsonl without what the clock gave."""
+    clock = ("images_per_second", "seconds_per_step", "input_wait")
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in clock} for row in rows]
+
+
+def assert_one_line(done):
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: ")
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
 
 
 T, NUM = 12, 11
