@@ -84,7 +84,11 @@ class Diffusion(Section):
     variance: str = option(
         "fixedlarge", "variance of a reverse step, a name in ddpm_jax.diffusion.VARIANCES; learned by the hybrid loss"
     )
-    betas: tuple[float, ...] = option((), "own betas, beta_1 to beta_T, in place of a discrete schedule's")
+    betas: tuple[float, ...] = option(
+        (),
+        "own betas, beta_1 to beta_T, in place of a discrete schedule's",
+        each(("above 0 and at most 1", lambda v: 0 < v <= 1)),
+    )
     zero_terminal_snr: bool = option(False, "rescale the schedule to leave no signal at T (Lin et al. 2023)")
     base_resolution: int = option(
         0, "side of the images that the schedule is meant for: larger ones get more noise; 0 for any", at_least(0)
