@@ -83,7 +83,9 @@ class Diffusion(Section):
         "fixedlarge", "variance of a reverse step, a name in ddpm_jax.diffusion.VARIANCES; learned by the hybrid loss"
     )
     betas: tuple[float, ...] = option(
-        (), "own betas, beta_1 to beta_T, in place of a discrete schedule's", each(above(0))
+        (),
+        "own betas, beta_1 to beta_T, in place of a discrete schedule's",
+        each(("above 0 and at most 1", lambda v: 0 < v <= 1)),
     )
     zero_terminal_snr: bool = option(False, "rescale the schedule to leave no signal at T (Lin et al. 2023)")
     base_resolution: int = option(

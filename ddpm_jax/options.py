@@ -50,12 +50,14 @@ class Section:
     def __post_init__(self):
         for field, kind in fields(type(self)):
             value, name = getattr(self, field.name), self._name_of(field)
+            told = to_text(value)
+            told = f"{name}={told if len(told) <= 80 else told[:77] + '...'}"
             if not _is_a(kind, value):
-                raise ConfigError(f"{name}={to_text(value)} is not {_describe(kind)}")
+                raise ConfigError(f"{told} is not {_describe(kind)}")
             object.__setattr__(self, field.name, _exact(kind, value))  # the class may be frozen
             for text, holds in field.metadata.get("rules", ()):
                 if not holds(value):
-                    raise ConfigError(f"{name}={to_text(value)} must be {text}")
+                    raise ConfigError(f"{told} must be {text}")
 
     def _name_of(self, field):
         return f"{type(self).__name__.lower()}.{field.name}"

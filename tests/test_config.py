@@ -112,6 +112,13 @@ def test_another_config_file(tmp_path):
 # --- faults
 
 
+def assert_refused(argv, fragment):
+    with pytest.raises(ConfigError) as caught:
+        parse(*argv)
+    assert fragment in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("argv", "fragment"),
     [
@@ -121,6 +128,15 @@ def test_another_config_file(tmp_path):
         (["--config.trian.batch-size=3"], "did you mean --config.train.batch_size?"),
         (["--train.steps=3"], "did you mean --config.train.steps?"),
         (["--bogus"], "unknown option --bogus"),
+    ],
+)
+def test_fault_28_names_that_do_not_exist(argv, fragment):
+    assert_refused(argv, fragment)
+
+
+@pytest.mark.parametrize(
+    ("argv", "fragment"),
+    [
         (["--config.train.steps=abc"], "--config.train.steps=abc is not a whole number"),
         (["--config.train.steps=1.5"], "--config.train.steps=1.5 is not a whole number"),
         (["--config.train.steps="], "--config.train.steps= is not a whole number"),
@@ -130,14 +146,15 @@ def test_another_config_file(tmp_path):
         (["--config.data.flip=maybe"], "--config.data.flip=maybe is not true or false"),
         (["--dry-run=maybe"], "=maybe is not true or false"),
         (["--config.model.multipliers=1,x"], "--config.model.multipliers=1,x is not a list like 16,8"),
-        (["--config.model.multipliers="], "model.multipliers= must be at least one number"),
-        (["--config.model.multipliers=1,0"], "model.multipliers=1,0 must be a list, each at least 1"),
-        (["--config.model.groups=many"], "model.groups=many must be a number above 0 or auto"),
-        (["--config.model.dtype=float16"], "model.dtype=float16 must be one of float32, bfloat16"),
-        (["--config.model.dropout=1"], "model.dropout=1.0 must be below 1"),
-        (["--config.data.image_size=1,2,3"], "data.image_size=1,2,3 must be one or two numbers"),
-        (["--config.data.channels=2"], "data.channels=2 must be one of 0, 1, 3"),
-        (["--config.data.max_unreadable=1.5"], "data.max_unreadable=1.5 must be at most 1"),
+    ],
+)
+def test_fault_29_values_of_the_wrong_type(argv, fragment):
+    assert_refused(argv, fragment)
+
+
+@pytest.mark.parametrize(
+    ("argv", "fragment"),
+    [
         (["--config.train.learning_rate=nan"], "train.learning_rate=nan must be a number above 0"),
         (["--config.train.learning_rate=inf"], "train.learning_rate=inf must be finite"),
         (["--config.train.learning_rate=0"], "train.learning_rate=0.0 must be a number above 0"),
@@ -146,26 +163,70 @@ def test_another_config_file(tmp_path):
         (["--config.train.steps=-5"], "train.steps=-5 must be at least 1"),
         (["--config.train.ema_decay=1"], "train.ema_decay=1.0 must be below 1"),
         (["--config.train.ema_decay=nan"], "train.ema_decay=nan must be"),
+        (["--config.diffusion.T=0"], "diffusion.T=0 must be at least 1"),
+        (["--config.train.learning_rate=-inf"], "train.learning_rate=-inf must be a number above 0"),
+        (["--config.train.ema_decay=-0.1"], "train.ema_decay=-0.1 must be at least 0"),
+        (["--config.diffusion.T=-3"], "diffusion.T=-3 must be at least 1"),
+        (["--config.diffusion.betas=0.1,0"], "diffusion.betas=0.1,0.0 must be a list, each above 0 and at most 1"),
+        (["--config.diffusion.betas=0.1,1.5"], "diffusion.betas=0.1,1.5 must be a list, each above 0 and at most 1"),
+        (["--config.diffusion.betas=-0.1,1"], "diffusion.betas=-0.1,1.0 must be"),
+        (["--config.diffusion.betas=nan,1"], "diffusion.betas=nan,1.0 must be"),
+    ],
+)
+def test_fault_30_values_out_of_range(argv, fragment):
+    assert_refused(argv, fragment)
+
+
+@pytest.mark.parametrize(
+    ("argv", "fragment"),
+    [
+        (["--config.model.multipliers="], "model.multipliers= must be at least one number"),
+        (["--config.model.multipliers=1,0"], "model.multipliers=1,0 must be a list, each at least 1"),
+        (["--config.model.groups=many"], "model.groups=many must be a number above 0 or auto"),
+        (["--config.model.dtype=float16"], "model.dtype=float16 must be one of float32, bfloat16"),
+        (["--config.model.dropout=1"], "model.dropout=1.0 must be below 1"),
+        (["--config.data.image_size=1,2,3"], "data.image_size=1,2,3 must be one or two numbers"),
+        (["--config.data.channels=2"], "data.channels=2 must be one of 0, 1, 3"),
+        (["--config.data.max_unreadable=1.5"], "data.max_unreadable=1.5 must be at most 1"),
         (["--config.train.grad_clip=0"], "train.grad_clip=0.0 must be a number above 0"),
         (["--config.train.seed=-1"], "train.seed=-1 must be at least 0"),
         (["--config.train.seed=4294967296"], "train.seed=4294967296 must be below 2**32"),
-        (["--config.diffusion.T=0"], "diffusion.T=0 must be at least 1"),
         (["--config.diffusion.T=50"], "train.sample_steps=100 must be at most diffusion.T=50"),
-        (["train"], "unexpected argument 'train'; options are written --name=value"),
-        (["--config.train.steps=3", "4"], "unexpected argument '4'"),
-        (["-x"], "unexpected argument '-x'"),
+    ],
+)
+def test_other_values_out_of_range(argv, fragment):
+    assert_refused(argv, fragment)
+
+
+@pytest.mark.parametrize(
+    ("argv", "fragment"),
+    [
         (["--config=configs/none.py"], "no config file configs/none.py; there are configs/"),
         (["--config=configs"], "no config file configs; there are configs/"),
     ],
 )
-def test_faults_of_the_command_line(argv, fragment):
-    with pytest.raises(ConfigError) as caught:
-        parse(*argv)
-    assert fragment in str(caught.value)
-    assert "\n" not in str(caught.value)
+def test_fault_36_a_config_file_that_is_missing(argv, fragment):
+    assert_refused(argv, fragment)
 
 
-def test_a_missing_config_file_lists_those_that_exist():
+@pytest.mark.parametrize(
+    ("argv", "fragment"),
+    [
+        (["train"], "unexpected argument 'train'; options are written --name=value"),
+        (["--config.train.steps=3", "4"], "unexpected argument '4'"),
+        (["-x"], "unexpected argument '-x'"),
+    ],
+)
+def test_fault_38_stray_arguments(argv, fragment):
+    assert_refused(argv, fragment)
+
+
+def test_a_long_value_is_told_in_part():
+    with pytest.raises(ConfigError, match=r"^diffusion\.betas=2\.0,2\.0,.{,80}\.\.\. must be a list"):
+        Diffusion(betas=(2.0,) * 1000)
+
+
+def test_fault_36_a_missing_config_file_lists_those_that_exist():
     with pytest.raises(ConfigError) as caught:
         configs.load("none.py")
     assert re.findall(r"configs/\w+\.py", str(caught.value)) == [str(file.relative_to(ROOT)) for file in CONFIGS]
@@ -187,7 +248,7 @@ def test_a_missing_config_file_lists_those_that_exist():
         ("from ddpm_jax.config import *\nget_config = lambda: Train(stepz=1)\n", "argument 'stepz'"),
     ],
 )
-def test_faults_of_a_config_file(tmp_path, text, fragment):
+def test_fault_36_a_config_file_that_fails(tmp_path, text, fragment):
     """The message has the file's name, and the line where there is one."""
     file = tmp_path / "mine.py"
     file.write_text(text)
@@ -282,7 +343,7 @@ PYTHON = "import os\nos.mkdir('canary')\ndef get_config():\n    os.mkdir('canary
         pytest.param(pickle.dumps(Canary()).decode("latin1"), "run/config.json does not hold a config", id="pickle"),
     ],
 )
-def test_json_that_is_no_config(tmp_path, monkeypatch, text, fragment):
+def test_fault_37_json_that_is_no_config(tmp_path, monkeypatch, text, fragment):
     """Refused in one line, and nothing in it is executed."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as caught:
@@ -292,14 +353,14 @@ def test_json_that_is_no_config(tmp_path, monkeypatch, text, fragment):
     assert not Path("canary").exists()
 
 
-def test_text_in_json_stays_text(tmp_path, monkeypatch):
+def test_fault_37_text_in_json_stays_text(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = "__import__('os').mkdir('canary')"
     assert configs.from_json(json.dumps({"data": {"source": text}})).data.source == text
     assert not Path("canary").exists()
 
 
-def test_a_pickle_is_no_config_file(tmp_path, monkeypatch):
+def test_fault_37_a_pickle_is_no_config_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_bytes(pickle.dumps(Canary()))
     with pytest.raises(ConfigError, match=r"mine\.py"):

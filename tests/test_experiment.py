@@ -29,6 +29,10 @@ MISTAKES = {
         {"schedule": "jsd", "parameterization": "v"},
         r"take v or x_0 with diffusion\.error=output",
     ),
+    "fault_30 a beta that leaves nothing": (
+        {"T": 3, "betas": (0.1, 1.0, 0.2), "train": {"sample_steps": 3}},
+        "betas must lie between 0 and 1",
+    ),
     "betas": ({"T": 3, "betas": (0.1, 0.2), "train": {"sample_steps": 3}}, "betas has 2 numbers"),
     "a length": ({"train": {"averages": (0.5,)}}, r"sigma_rel=0\.5 is not the length of an average"),
 }

@@ -39,7 +39,7 @@ def samples(script, workdir, out, *options):
     return np.load(out / "samples.npz")["images"]
 
 
-def test_samples_are_the_same_for_any_device_count_and_batch(trained, script, tmp_path):
+def test_fault_72_samples_are_the_same_for_any_device_count_and_batch(trained, script, tmp_path):
     """To one level of 255; from the folder of the run alone."""
     one = samples(script, trained, tmp_path / "one", "--num=11", "--batch-size=4", "--cpu-devices=1", "--png", "--gif")
     assert (one.shape, one.dtype) == ((11, 8, 8, 1), np.uint8)
@@ -79,8 +79,12 @@ def test_dry_run_writes_nothing(script, tmp_path):
 
 
 MISTAKES = {
-    "unknown key": (["train.py", "--config.train.lrr=1"], 2, "did you mean --config.train.learning_rate?"),
-    "wrong type": (["train.py", "--config.train.steps=abc"], 2, "--config.train.steps=abc is not a whole number"),
+    "fault_28 unknown key": (["train.py", "--config.train.lrr=1"], 2, "did you mean --config.train.learning_rate?"),
+    "fault_29 wrong type": (
+        ["train.py", "--config.train.steps=abc"],
+        2,
+        "--config.train.steps=abc is not a whole number",
+    ),
     "fault_31 batch over devices": (
         ["train.py", "--config.train.batch_size=100", "--cpu-devices=8"],
         2,
@@ -91,17 +95,17 @@ MISTAKES = {
         2,
         "8 devices; try 8",
     ),
-    "image size and levels": (
+    "fault_33 image size and levels": (
         ["train.py", "--config.model.multipliers=1,1,1,1,1"],
         2,
-        "8x8 cannot be halved 4 times",
+        "8x8 cannot be halved 4 times, as model.multipliers=1,1,1,1,1 asks; sizes that fit: 16x16",
     ),
     "schedule": (["train.py", "--config.diffusion.schedule=linaer"], 2, "is not one of linear, cosine"),
     "weighting": (["train.py", "--config.diffusion.weighting=none"], 2, "is not one of simple, vlb, min_snr, p2"),
     "variance": (["train.py", "--config.diffusion.variance=fixedsmal"], 2, "is not one of fixedsmall, fixedlarge"),
     "spacing": (["sample.py", "--workdir=RUN", "--spacing=even"], 2, "is not one of trailing, leading"),
     "processes": (["train.py", "--distributed=localhost:1,3,2"], 2, "with ID below COUNT"),
-    "platform": (["train.py", "--platform=tpu"], 2, "(--platform=tpu)"),
+    "fault_39 platform": (["train.py", "--platform=tpu"], 2, "(--platform=tpu)"),
     "fault_22 unwritable": (["train.py", "--workdir=/proc/run"], 2, "cannot write to --workdir=/proc/run"),
     "classes": (["train.py", "--config.model.num_classes=5"], 2, "labels run from 0 to 9"),
     "missing folder": (
@@ -119,9 +123,9 @@ MISTAKES = {
     "fault_45 data below batch": (["train.py", "--config.train.batch_size=2048"], 3, "1797 images"),
     "no run": (["sample.py", "--workdir=EMPTY"], 4, "there is no run in"),
     "no checkpoint": (["sample.py", "--workdir=NEW"], 4, "there is no checkpoint in"),
-    "no images asked": (["sample.py", "--num=0"], 2, "--num=0 must be at least 1"),
-    "steps above T": (["sample.py", "--workdir=RUN", "--steps=1001"], 2, "must be from 1 to T=1000"),
-    "eta for ddpm": (["sample.py", "--workdir=RUN", "--eta=0.5"], 2, "ddpm has no option eta"),
+    "fault_70 no images asked": (["sample.py", "--num=0"], 2, "--num=0 must be at least 1"),
+    "fault_71 steps above T": (["sample.py", "--workdir=RUN", "--steps=1001"], 2, "must be from 1 to T=1000"),
+    "fault_71 eta for ddpm": (["sample.py", "--workdir=RUN", "--eta=0.5"], 2, "ddpm has no option eta"),
     "label": (["sample.py", "--workdir=RUN", "--label=3"], 2, "the model has no labels"),
 }
 
@@ -145,7 +149,7 @@ def test_a_mistake_gets_one_line_and_its_exit_code(script, trained, tmp_path, mi
     assert not (tmp_path / "workdir").exists()
 
 
-def test_existing_samples_are_not_overwritten(trained, script, tmp_path):
+def test_fault_73_existing_samples_are_not_overwritten(trained, script, tmp_path):
     first = samples(script, trained, tmp_path, "--num=2")
     again = script("sample.py", f"--workdir={trained}", f"--out={tmp_path}", "--num=2", "--seed=5")
     assert again.returncode == 2

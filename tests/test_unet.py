@@ -112,10 +112,11 @@ def test_any_height_width_and_channels(shape):
     [
         ((30, 32, 3), {"multipliers": (1, 2, 2)}, "30x32 cannot be halved 2 times.*28x32 or 32x32"),
         ((1, 8, 1), {}, "sizes that fit: 2x8"),
-        ((8, 8, 1), {"groups": 3}, "model.groups=3 does not divide the 8 channels.*model.groups=auto"),
-        ((8, 8, 1), {"channels": 12, "groups": 8}, "model.groups=8 does not divide the 12 channels"),
-        ((8, 8, 1), {"num_heads": 3}, "model.num_heads=3 does not divide the 16 channels"),
+        ((8, 8, 1), {"groups": 3}, "=3 does not divide the 8 channels of down_0_block_0;.*model.groups=auto"),
+        ((8, 8, 1), {"channels": 12, "groups": 8}, "=8 does not divide the 12 channels of down_0_block_0"),
+        ((8, 8, 1), {"multipliers": (1, 3), "groups": "auto", "num_heads": 16}, "=16 .* 24 .* of down_1_attention_0"),
     ],
+    ids=["fault_33 rows", "fault_33 one row", *["fault_34 groups"] * 2, "fault_34 heads"],
 )
 def test_sizes_that_do_not_fit_are_refused(shape, changes, message):
     with pytest.raises(ConfigError, match=message):
@@ -130,7 +131,7 @@ def test_auto_groups_take_the_largest_divisor():
     assert unet.group_norm("auto", 70).num_groups == 14
 
 
-def test_an_attention_resolution_never_met_is_told():
+def test_fault_35_an_attention_resolution_never_met_is_told():
     with pytest.warns(UserWarning, match=r"no level has the resolution 16; the levels have \[8, 4\]"):
         unet.make_unet((8, 8, 1), **{**TINY, "attention_resolutions": (16, 4)})
     with warnings.catch_warnings():
