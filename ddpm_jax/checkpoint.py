@@ -51,16 +51,18 @@ def quiet():
 
 
 def open_manager(folder, keep=None, keep_every=0, read_only=False):
-    """Orbax's manager of a run's folder of checkpoints; one that may write clears away unfinished steps.
+    """Orbax's manager of a run's folder of checkpoints; one that may write deletes unfinished steps first.
 
     The newest `keep` steps are kept (None for all), and for good those that `keep_every` divides (0 for none).
     """
+    if not read_only and parallel.is_first():
+        delete(unfinished(folder))
     handlers = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ARRAYS}
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep,
         keep_period=keep_every or None,
         read_only=read_only,
-        cleanup_tmp_directories=not read_only,
+        cleanup_tmp_directories=False,  # it would take every folder without a marker, whosever it is
         atomicity_options=ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE),
     )
     return ocp.CheckpointManager(
@@ -73,12 +75,23 @@ def steps(folder):
     return sorted(int(path.parent.name) for path in Path(folder).glob(f"*/{MARKER}") if path.parent.name.isdigit())
 
 
+def unfinished(folder):
+    """What a save that was cut off has left: folders with the name of a step but without its marker."""
+    found = [path for path in Path(folder).glob("*") if path.is_dir() and path.name.split(".")[0].isdigit()]
+    return sorted(path for path in found if path.suffix != ASIDE and not (path / MARKER).exists())
+
+
+def delete(paths):
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def set_aside(folder, step):
     """Rename the steps after `step`, damaged or not gone on from, to N.aside: Orbax saves none before its newest."""
     for newer in reversed(steps(folder)):
         if newer > step:
             target = Path(folder) / f"{newer}{ASIDE}"
-            shutil.rmtree(target, ignore_errors=True)
+            delete([target])
             (Path(folder) / str(newer)).rename(target)
 
 
@@ -192,9 +205,7 @@ def _failed(manager, error):
     """The CheckpointError for a failed save, after its leftovers, which would keep the disk full, are gone."""
     with contextlib.suppress(Exception):  # it has been told already; the thread that writes must have ended
         manager.wait_until_finished()
-    for path in Path(manager.directory).iterdir():
-        if path.is_dir() and not (path / MARKER).exists():
-            shutil.rmtree(path, ignore_errors=True)
+    delete(unfinished(manager.directory))
     manager.reload()
     free = shutil.disk_usage(manager.directory).free
     reason = " ".join(str(error).split())[:160]
@@ -329,7 +340,7 @@ def main():
     quiet()
     if args.clean:
         lock(workdir)  # not while a run is writing there
-        clean(folder)
+        delete(leftovers(folder))
     fault, meta = "there is none", None
     for step, found, fault in verify(folder):
         print(f"step {step:>9,}  {_size(folder / str(step)):>10,.1f} MB  {f'DAMAGED: {fault}' if fault else 'whole'}")
@@ -346,15 +357,7 @@ def main():
 
 def leftovers(folder):
     """What no run reads: steps set aside, and those whose writing was cut off."""
-    parts = [path for path in Path(folder).iterdir() if path.is_dir() and path.name.split(".")[0].isdigit()]
-    return sorted(path for path in parts if path.suffix == ASIDE or not (path / MARKER).exists())
-
-
-def clean(folder):
-    """Delete the leftovers."""
-    for path in leftovers(folder):
-        print(f"deleting {path}")
-        shutil.rmtree(path)
+    return sorted([*Path(folder).glob(f"*{ASIDE}"), *unfinished(folder)])
 
 
 def _size(path):

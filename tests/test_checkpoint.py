@@ -1,5 +1,6 @@
 """Checkpoints under damage: what is restored is exactly what was saved, or an older step, or a reason."""
 
+import fcntl
 import json
 import os
 import random
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax import __version__, checkpoint, parallel, training, trees
-from ddpm_jax.errors import CheckpointError
+from ddpm_jax.errors import CheckpointError, ConfigError, Diverged
 
 
 def state_at(step):
@@ -32,7 +33,8 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "checkpoints"
     with checkpoint.open_manager(folder, keep=3) as manager:
         for step in (5, 10, 20, 30):
-            checkpoint.save(manager, state_at(step), window=[{"loss": float("nan")}], config={}, shape=(8, 8, 1))
+            meta = {"config": {"model": {"channels": 32, "groups": 4}}, "shape": (8, 8, 1)}
+            checkpoint.save(manager, state_at(step), window=[{"loss": float("nan")}], **meta)
         checkpoint.finish(manager)
     return folder
 
@@ -76,7 +78,7 @@ def data_files(folder):
     return [path for path in (folder / "30").glob("*/d/*") if path.is_file()]
 
 
-def test_every_flipped_bit_in_array_data_is_found(folder):
+def test_fault_17_every_flipped_bit_in_array_data_is_found(folder):
     """40 of 40: the step before is taken, and the warning names the item."""
     chance = random.Random(0)
     for _ in range(40):
@@ -113,29 +115,35 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_step_gives_way_to_the_one_before(folder, damage):
+def test_fault_16_a_damaged_step_gives_way_to_the_one_before(folder, damage):
     DAMAGES[damage](folder)
     with pytest.warns(UserWarning, match="damaged checkpoint passed over, step 30"):
         assert restored_step(folder) == 20
 
 
-def test_a_step_without_its_marker_is_ignored(folder):
+def test_fault_20_a_step_without_its_marker_is_ignored(folder):
     (folder / "30" / checkpoint.MARKER).unlink()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert restored_step(folder) == 20
 
 
-def test_foreign_names_are_ignored(folder):
+def test_fault_19_foreign_names_are_ignored(folder):
+    """Those that a save left unfinished are gone after the next one."""
     (folder / "40").mkdir()
     (folder / "50").write_text("no folder")
     (folder / "60.orbax-checkpoint-tmp").mkdir()
     (folder / "notes").mkdir()
     assert checkpoint.steps(folder) == [10, 20, 30]
     assert restored_step(folder) == 30
+    with checkpoint.open_manager(folder, keep=3) as manager:
+        checkpoint.save(manager, state_at(35))
+        checkpoint.finish(manager)
+    assert checkpoint.steps(folder) == [20, 30, 35]
+    assert sorted(os.listdir(folder)) == ["20", "30", "35", "50", "notes"]
 
 
-def test_when_all_are_bad_each_is_named(folder):
+def test_fault_18_when_all_are_bad_each_is_named(folder):
     for step in (10, 20, 30):
         shutil.rmtree(folder / str(step) / "params")
     with pytest.warns(UserWarning, match="passed over"), pytest.raises(CheckpointError) as caught:
@@ -148,15 +156,60 @@ def test_an_empty_folder_is_told(tmp_path):
         checkpoint.load(tmp_path, ["params"])
 
 
-def test_another_model_is_refused_by_name_before_anything_is_read(folder, monkeypatch):
+def test_fault_40_another_model_is_refused_by_name_before_anything_is_read(folder, monkeypatch):
     other = TEMPLATE._replace(params={"block": {"kernel": jnp.zeros((64, 16))}, "more": jnp.zeros(3)})
     monkeypatch.setattr(checkpoint, "_restore", lambda *args: pytest.fail("array data were read"))
     with pytest.raises(CheckpointError) as caught:
-        checkpoint.restore_state(folder, other)
+        checkpoint.restore_state(folder, other, config={"model": {"channels": 16, "groups": 4}})
     message = str(caught.value)
     assert "params/block/kernel: float32[64, 32] there, float32[64, 16] in the model" in message
     assert "params/block/bias: float32[7] there, missing in the model" in message
     assert "params/more: missing there, float32[3] in the model" in message
+    assert message.endswith("of the config, model/channels is 32 there, 16 here")
+
+
+def test_fault_43_another_type_is_refused_by_name(folder):
+    half = TEMPLATE._replace(params=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state_at(0).params))
+    with pytest.raises(CheckpointError, match=r"kernel: float32\[64, 32\] there, bfloat16\[64, 32\] in the model"):
+        checkpoint.restore_state(folder, half)
+
+
+def test_fault_21_a_step_that_is_not_there(folder):
+    with pytest.raises(CheckpointError, match=r"there is no step 77 in .*; there are 10, 20, 30"):
+        checkpoint.restore_state(folder, TEMPLATE, step=77)
+
+
+def test_a_step_that_is_asked_for_is_taken_or_refused(folder):
+    """No other step takes its place."""
+    state, meta = checkpoint.restore_state(folder, TEMPLATE, step=20)
+    assert (meta["step"], state.params["block"]["kernel"][0, 0]) == (20, 20)
+    shutil.rmtree(folder / "20" / "params")
+    with pytest.raises(CheckpointError, match="step 20: it has no params"):
+        checkpoint.restore_state(folder, TEMPLATE, step=20)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("item", ["params", "ema_params", "opt_state"])
+def test_fault_25_what_is_not_finite_is_not_saved(folder, item, bad):
+    """The array is named; the steps that are there stay."""
+    state = state_at(40)
+    leaves, structure = jax.tree.flatten(getattr(state, item))
+    leaves[-1] = leaves[-1].at[(3,) * leaves[-1].ndim].set(bad)
+    state = state._replace(**{item: jax.tree.unflatten(structure, leaves)})
+    with (
+        checkpoint.open_manager(folder, keep=3) as manager,
+        pytest.raises(Diverged, match=rf"step 40 was not saved: {item}/.*kernel is not finite \(one of 1"),
+    ):
+        checkpoint.save(manager, state)
+    assert restored_step(folder) == 30
+
+
+def test_the_newest_are_kept_and_every_mth(tmp_path):
+    with checkpoint.open_manager(tmp_path, keep=2, keep_every=20) as manager:
+        for step in range(5, 75, 5):
+            checkpoint.save(manager, state_at(step))
+        checkpoint.finish(manager)
+    assert checkpoint.steps(tmp_path) == [20, 40, 60, 65, 70]
 
 
 def test_at_most_ten_differences_are_named(folder):
@@ -175,7 +228,7 @@ def test_fault_26_another_format_is_refused(folder, monkeypatch, own):
         restored_step(folder)
 
 
-def test_a_full_disk_is_told_before_writing(folder, monkeypatch):
+def test_fault_23_a_full_disk_is_told_before_writing(folder, monkeypatch):
     usage = shutil.disk_usage(folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with (
@@ -213,6 +266,23 @@ def test_a_failure_of_the_last_save_is_raised_at_once(folder, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
     with checkpoint.open_manager(folder) as manager, pytest.raises(CheckpointError, match="step 40 was not saved"):
         checkpoint.make_keeper(manager)(state_at(40), last=True)
+
+
+def test_leftovers_are_told_and_deleted_when_asked(folder, monkeypatch, capsys):
+    """Not while a run is writing there."""
+    (folder / "40").mkdir()
+    checkpoint.set_aside(folder, 20)
+    monkeypatch.setattr("sys.argv", ["checkpoint", str(folder.parent)])
+    assert checkpoint.main() == 0
+    assert [line.split()[2] for line in capsys.readouterr().out.splitlines()[3:]] == ["30.aside,", "40,"]
+    monkeypatch.setattr("sys.argv", ["checkpoint", str(folder.parent), "--clean"])
+    with open(folder.parent / "lock", "a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="is in use by another run"):
+            checkpoint.main()
+    assert checkpoint.main() == 0
+    assert sorted(os.listdir(folder)) == ["10", "20"]
+    assert restored_step(folder) == 20
 
 
 def test_damaged_steps_are_set_aside_so_that_saving_goes_on(folder):
