@@ -35,6 +35,7 @@ COUNTERS = ("step", "skipped", "skipped_in_row")
 FORMAT = 2
 MARKER = "commit_success.txt"
 ASIDE = ".aside"
+TRASH = "deleted"  # where a step is moved at once, so that no reader meets a half of it
 
 
 def quiet():
@@ -51,16 +52,17 @@ def quiet():
 
 
 def open_manager(folder, keep=None, keep_every=0, read_only=False):
-    """Orbax's manager of a run's folder of checkpoints; one that may write deletes unfinished steps first.
+    """Orbax's manager of a run's folder of checkpoints; one that may write first deletes what a crash has left.
 
     The newest `keep` steps are kept (None for all), and for good those that `keep_every` divides (0 for none).
     """
     if not read_only and parallel.is_first():
-        delete(unfinished(folder))
+        delete([*unfinished(folder), *trash(folder)])
     handlers = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ARRAYS}
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep,
         keep_period=keep_every or None,
+        todelete_subdir=None if read_only else TRASH,
         read_only=read_only,
         cleanup_tmp_directories=False,  # it would take every folder without a marker, whosever it is
         atomicity_options=ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE),
@@ -79,6 +81,11 @@ def unfinished(folder):
     """What a save that was cut off has left: folders with the name of a step but without its marker."""
     found = [path for path in Path(folder).glob("*") if path.is_dir() and path.name.split(".")[0].isdigit()]
     return sorted(path for path in found if path.suffix != ASIDE and not (path / MARKER).exists())
+
+
+def trash(folder):
+    """Steps that are no longer kept."""
+    return list((Path(folder) / TRASH).glob("*"))
 
 
 def delete(paths):
@@ -126,6 +133,8 @@ def save(manager, state, **meta):
     meta |= {"format": FORMAT, "versions": versions()}
     meta = json.loads(json.dumps(meta))
     meta["digests"] = digests | {"meta": _digest_meta(meta)}
+    if parallel.is_first():
+        delete(trash(manager.directory))
     parallel.together(lambda: _check_room(manager.directory, step, 1.1 * size))
     try:
         saved = manager.save(
@@ -160,6 +169,8 @@ def finish(manager):
         manager.wait_until_finished()
     except Exception as error:
         raise _failed(manager, error) from error
+    if parallel.is_first():
+        delete(trash(manager.directory))
 
 
 def make_keeper(manager, patience=3):

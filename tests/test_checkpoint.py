@@ -140,7 +140,7 @@ def test_fault_19_foreign_names_are_ignored(folder):
         checkpoint.save(manager, state_at(35))
         checkpoint.finish(manager)
     assert checkpoint.steps(folder) == [20, 30, 35]
-    assert sorted(os.listdir(folder)) == ["20", "30", "35", "50", "notes"]
+    assert sorted(os.listdir(folder)) == ["20", "30", "35", "50", "deleted", "notes"]
 
 
 def test_fault_18_when_all_are_bad_each_is_named(folder):
@@ -281,7 +281,7 @@ def test_leftovers_are_told_and_deleted_when_asked(folder, monkeypatch, capsys):
         with pytest.raises(ConfigError, match="is in use by another run"):
             checkpoint.main()
     assert checkpoint.main() == 0
-    assert sorted(os.listdir(folder)) == ["10", "20"]
+    assert sorted(os.listdir(folder)) == ["10", "20", "deleted"]
     assert restored_step(folder) == 20
 
 

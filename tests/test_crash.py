@@ -1,7 +1,9 @@
 """Runs that are killed, stopped, disturbed and taken up again: the end is that of the run that nothing disturbed."""
 
+import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,29 +18,330 @@ from PIL import Image
 from ddpm_jax import checkpoint
 
 
-def test_killed_at_random_moments_it_ends_with_the_same_bits(trained, environment, tmp_path):
-    """SIGKILL four times, a SIGTERM among them, the same command again each time: state and metrics are equal."""
-    workdir, chance = tmp_path / "run", random.Random(time.time_ns())
-    command = [sys.executable, "train.py", *SMALL, "--config.train.steps=60", f"--workdir={workdir}", "--cpu-devices=1"]
-    codes = []
-    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGKILL):
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-        for line in process.stdout:
-            if line.startswith(("first step", "already")):
-                break
+@pytest.fixture
+def start(environment):
+    """start(option, ..., patch=code) -> train.py as a process, after `code`, its stdout to be read line by line."""
+    processes = []
+
+    def run(*options, patch=""):
+        code = f"import sys, runpy, time\n{patch}\nsys.argv[0] = 'train.py'\n"
+        code += "runpy.run_path('train.py', run_name='__main__')"
+        command = [sys.executable, "-c", code, *SMALL, "--cpu-devices=1", *map(str, options)]
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True))
+        return processes[-1]
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(process, *starts):
+    """Read the process's lines up to one that begins with one of `starts`, or to the last one."""
+    for line in process.stdout:
+        if line.startswith(starts):
+            return
+
+
+def slow_marker(seconds):
+    """Code after which a save tells that it is about to write its commit marker, and waits."""
+    return f"""
+from orbax.checkpoint._src.path import async_path
+write = async_path.write_text
+async def slow(path, text):
+    if path.name == "commit_success.txt":
+        print("before the marker of", path.parent.name, flush=True)
+        time.sleep({seconds})
+    await write(path, text)
+async_path.write_text = slow
+"""
+
+
+def assert_same_end(workdir, other):
+    """The same bits in the state, and each step's metrics once."""
+    assert fingerprint(workdir) == fingerprint(other)
+    assert metrics(workdir) == metrics(other)
+
+
+def kill_until_done(start, options, first, wait):
+    """Start again and again; SIGKILL up to `wait` seconds after the first step, until a run comes to its end."""
+    chance, codes = random.Random(time.time_ns()), []
+    while not codes or codes[-1]:
+        process = start(*options)
+        if len(codes) < first:
+            wait_for(process, "first step", "already")
+            time.sleep(chance.uniform(0, wait))
+            process.kill()
+        _, err = process.communicate(timeout=300)
+        codes.append(process.returncode)
+        assert codes[-1] in (-signal.SIGKILL, 0), err
+    return codes
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_bits(trained, start, tmp_path):
+    """SIGKILL and SIGTERM in turns, the same command again each time."""
+    chance, codes = random.Random(time.time_ns()), []
+    options = "--config.train.steps=60", f"--workdir={tmp_path}"
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+        process = start(*options)
+        wait_for(process, "first step", "already")
         time.sleep(chance.uniform(0, 0.25))
         process.send_signal(number)
-        codes.append(process.wait(60))
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+        process.communicate(timeout=60)
+        codes.append(process.returncode)
     assert set(codes) <= {-signal.SIGKILL, 75, 0}
-    assert fingerprint(workdir) == fingerprint(trained)
-    assert metrics(workdir) == metrics(trained)
+    process = start(*options)
+    assert process.wait(60) == 0, process.stderr.read()
+    assert_same_end(tmp_path, trained)
 
 
 @pytest.mark.faults
-def test_a_disk_that_fills_up_loses_nothing(trained, script, tmp_path):
-    """With files limited to 100 blocks from step 21 on, saves fail; the run goes on for a while, then ends.
+def test_fault_01_killed_twenty_times(start, script, tmp_path):
+    """A save is under way most of the time, for every second step has one."""
+    options = ["--config.train.steps=300", "--config.train.checkpoint_every=2"]
+    unbroken = script("train.py", *SMALL, *options, f"--workdir={tmp_path}/unbroken", "--cpu-devices=1")
+    assert unbroken.returncode == 0, unbroken.stderr
+    codes = kill_until_done(start, [*options, f"--workdir={tmp_path}/run"], 20, 0.4)
+    assert codes.count(-signal.SIGKILL) == 20
+    assert_same_end(tmp_path / "run", tmp_path / "unbroken")
+
+
+@pytest.mark.soak
+def test_fault_01_killed_fifty_times_while_the_digits_are_learned(start, script, tmp_path):
+    """The network of configs/digits.py; half an hour."""
+    options = [f"--config.model.{name}" for name in ("channels=32", "multipliers=1,2", "attention_resolutions=4")]
+    options += ["--config.model.groups=8", "--config.train.batch_size=64", "--config.train.steps=1000"]
+    options += ["--config.train.checkpoint_every=5"]
+    unbroken = script("train.py", *SMALL, *options, f"--workdir={tmp_path}/unbroken", "--cpu-devices=1")
+    assert unbroken.returncode == 0, unbroken.stderr
+    codes = kill_until_done(start, [*options, f"--workdir={tmp_path}/run"], 50, 4.0)
+    assert codes.count(-signal.SIGKILL) == 50
+    assert_same_end(tmp_path / "run", tmp_path / "unbroken")
+
+
+@pytest.mark.faults
+def test_fault_02_killed_between_data_and_marker(trained, start, tmp_path):
+    """The step does not count; the run goes on from the one before."""
+    options = "--config.train.steps=60", f"--workdir={tmp_path}"
+    process = start(*options, patch=slow_marker("60 if path.parent.name == '20' else 0"))
+    wait_for(process, "before the marker of 20")
+    process.kill()
+    assert (tmp_path / "checkpoints" / "20" / "params").is_dir()
+    assert checkpoint.steps(tmp_path / "checkpoints") == [10]
+    out, err = start(*options).communicate(timeout=100)
+    assert ("resuming at step 10" in out, err) == (True, "")
+    assert_same_end(tmp_path, trained)
+
+
+@pytest.mark.faults
+def test_fault_03_killed_while_an_old_step_is_deleted(trained, start, tmp_path):
+    """The half that is left is no step, and is gone after the next start."""
+    patch = """
+from ddpm_jax import checkpoint
+def half(paths):
+    for path in paths:
+        if path.name.isdigit():
+            for file in [file for file in path.rglob("*") if file.is_file()][::2]:
+                file.unlink()
+            print("half deleted", flush=True)
+            time.sleep(60)
+checkpoint.delete = half
+"""
+    options = "--config.train.steps=60", f"--workdir={tmp_path}"
+    process = start(*options, "--config.train.keep=1", patch=patch)
+    wait_for(process, "half deleted")
+    process.kill()
+    assert any(path.is_file() for path in (tmp_path / "checkpoints" / "deleted").rglob("*"))
+    assert 10 not in checkpoint.steps(tmp_path / "checkpoints")
+    _, err = start(*options).communicate(timeout=100)
+    assert err == ""
+    assert not any(path.is_file() for path in (tmp_path / "checkpoints" / "deleted").rglob("*"))
+    assert_same_end(tmp_path, trained)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        pytest.param(signal.SIGTERM, 75, id="fault_04 SIGTERM"),
+        pytest.param(signal.SIGINT, 130, id="fault_07 Ctrl-C"),
+    ],
+)
+def test_a_signal_saves_and_leaves(start, tmp_path, number, code):
+    """The step is finished, and the line that names it is the last one."""
+    process = start(f"--workdir={tmp_path}", "--config.train.checkpoint_every=1000")
+    wait_for(process, "step")
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (code, "")
+    (step,) = checkpoint.steps(tmp_path / "checkpoints")
+    assert out.splitlines()[-1] == f"stopped by a signal; step {step} is saved and the same command goes on from it"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("number", "code", "seconds"),
+    [
+        pytest.param(signal.SIGTERM, 75, 2, id="fault_06 SIGTERM"),
+        pytest.param(signal.SIGINT, 130, 100, id="fault_06 Ctrl-C"),
+    ],
+)
+def test_a_second_signal_during_the_last_save(trained, start, tmp_path, number, code, seconds):
+    """A second SIGTERM changes nothing; a second Ctrl-C leaves at once, without a new step and without harm."""
+    options = f"--workdir={tmp_path}", "--config.train.steps=60"
+    process = start(*options, patch=slow_marker(seconds))
+    wait_for(process, "first step")
+    process.send_signal(number)
+    wait_for(process, "before the marker")
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == code, err
+    assert len(checkpoint.steps(tmp_path / "checkpoints")) == (number == signal.SIGTERM)
+    assert start(*options).wait(100) == 0
+    assert_same_end(tmp_path, trained)
+
+
+@pytest.mark.faults
+def test_fault_08_an_exception_while_a_save_is_under_way(start, tmp_path):
+    """The save still comes to its end."""
+    fails = "from ddpm_jax import training\ntraining.ema_init_share = lambda *args: 1 / 0\n"
+    process = start(f"--workdir={tmp_path}", "--config.train.checkpoint_every=6", patch=slow_marker(2) + fails)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "ZeroDivisionError" in err
+    assert checkpoint.steps(tmp_path / "checkpoints") == [6]
+
+
+@pytest.mark.faults
+def test_fault_09_the_last_step_while_a_save_is_under_way(start, tmp_path):
+    options = "--config.train.steps=20", "--config.train.checkpoint_every=19", f"--workdir={tmp_path}"
+    process = start(*options, patch=slow_marker(2))
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert checkpoint.steps(tmp_path / "checkpoints") == [19, 20]
+
+
+def test_fault_10_a_finished_run_is_left_alone(trained, script):
+    before = fingerprint(trained)
+    again = script("train.py", *SMALL, "--config.train.steps=60", f"--workdir={trained}", "--cpu-devices=1")
+    assert (again.returncode, "already finished at step 60" in again.stdout) == (0, True)
+    assert fingerprint(trained) == before
+    assert len(json.loads((trained / "run.json").read_text())) == 1
+
+
+@pytest.mark.faults
+def test_fault_11_a_run_can_be_made_longer(trained, script, tmp_path):
+    """Forty steps and then sixty are the sixty of one go."""
+    for steps in (40, 60):
+        done = script("train.py", *SMALL, f"--config.train.steps={steps}", f"--workdir={tmp_path}", "--cpu-devices=1")
+        assert (done.returncode, done.stderr) == (0, "")
+    assert "resuming at step 40" in done.stdout
+    assert "step 49/60" in done.stdout
+    assert fingerprint(tmp_path) == fingerprint(trained)
+
+
+@pytest.mark.faults
+def test_fault_12_a_second_run_in_the_folder_is_refused(start, script, tmp_path):
+    process = start(f"--workdir={tmp_path}")
+    wait_for(process, "first step")
+    second = script("train.py", *SMALL, f"--workdir={tmp_path}", "--cpu-devices=1")
+    assert second.returncode == 2
+    assert f"is in use by another run (process {process.pid} on" in second.stderr
+    assert_one_line(second)
+
+
+@pytest.mark.faults
+def test_fault_13_other_devices_agree_to_rounding_and_say_so(script, tmp_path):
+    """Saved by eight devices, taken up by one, two and eight: the losses are those of eight, to 1e-5."""
+    command = ["train.py", *SMALL]
+    for steps, name in ((20, "begun"), (34, "unbroken")):
+        done = script(*command, f"--config.train.steps={steps}", f"--workdir={tmp_path}/{name}", "--cpu-devices=8")
+        assert done.returncode == 0, done.stderr
+    wanted = {row["step"]: row["loss"] for row in metrics(tmp_path / "unbroken")}
+    for devices in (1, 2):
+        workdir = shutil.copytree(tmp_path / "begun", tmp_path / f"{devices}")
+        more = script(*command, "--config.train.steps=34", f"--workdir={workdir}", f"--cpu-devices={devices}")
+        assert more.returncode == 0, more.stderr
+        told = f"only to rounding: devices 8 x cpu (cpu) is now {devices} x cpu (cpu)"
+        assert f"not bit-exact from here on, {told}" in more.stdout
+        found = {row["step"]: row["loss"] for row in metrics(workdir)}
+        for step in (28, 34):
+            assert found[step] == pytest.approx(wanted[step], abs=1e-5)
+
+
+@pytest.mark.faults
+def test_fault_14_changed_data_are_noticed_on_resume(script, tmp_path):
+    """Of the same number too; by name the run goes on with them."""
+    command = ["train.py", *SMALL, f"--workdir={tmp_path}/run", f"--config.data.source=npz:{tmp_path}/data.npz"]
+    images = np.zeros((40, 8, 8, 1), np.uint8)
+    np.savez(tmp_path / "data.npz", images=images)
+    assert script(*command, "--config.train.steps=3").returncode == 0
+    images[20] = 9
+    np.savez(tmp_path / "data.npz", images=images)
+    again = script(*command, "--config.train.steps=6")
+    assert again.returncode == 2
+    assert re.search("the run had 40x8x8x1-.{8}, the data now are 40x8x8x1-.{8}: its batches", again.stderr)
+    assert_one_line(again)
+    again = script(*command, "--config.train.steps=6", "--allow-change=data.source")
+    assert (again.returncode, "going on with other data" in again.stdout) == (0, True)
+
+
+def test_fault_14_another_experiment_in_the_folder_is_refused_by_name(trained, script):
+    other = script(
+        "train.py", *SMALL, "--config.train.steps=60", "--config.train.learning_rate=0.1", f"--workdir={trained}"
+    )
+    assert other.returncode == 2
+    assert "train.learning_rate is 0.002 there, 0.1 here" in other.stderr
+    assert "by --allow-change=train.learning_rate" in other.stderr
+    assert_one_line(other)
+
+
+@pytest.fixture
+def mount(tmp_path):
+    """mount(option, ...) -> an empty folder that is a disk of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def run(options):
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], capture_output=True, check=False)
+        if done.returncode:
+            pytest.skip(f"no disk can be mounted here: {done.stderr.decode().strip()}")
+        return folder
+
+    yield run
+    subprocess.run(["umount", folder], capture_output=True, check=False)
+
+
+@pytest.mark.faults
+def test_fault_22_a_disk_that_cannot_be_written(mount, script):
+    done = script("train.py", *SMALL, f"--workdir={mount('ro')}/run")
+    assert (done.returncode, "first step" in done.stdout) == (2, False)
+    assert "Read-only file system" in done.stderr
+    assert_one_line(done)
+
+
+@pytest.mark.faults
+def test_fault_23_a_full_disk_loses_nothing(trained, mount, start, tmp_path):
+    """Room for two steps, not for three: three saves fail, the run ends, the two are there; with room it goes on."""
+    disk, options = mount("size=1m"), ("--config.train.steps=60", f"--workdir={tmp_path}/run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(disk)
+    process = start(*options)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 4
+    *warned, last = err.splitlines()
+    told = r"step {} was not saved: it needs \d\.\d MB and .*disk has \d\.\d MB free"
+    for step, line in zip((30, 40), warned, strict=True):
+        assert re.fullmatch(f"warning: {told.format(step)}; training goes on", line)
+    assert re.fullmatch(f"error: {told.format(50)}", last)
+    assert sorted(path.name for path in disk.iterdir()) == ["10", "20"]
+    mount("remount,size=10m")
+    assert start(*options).wait(100) == 0
+    assert_same_end(tmp_path / "run", trained)
+
+
+@pytest.mark.faults
+def test_fault_24_a_limit_on_files_loses_nothing(trained, script, tmp_path):
+    """With files limited to 100 blocks from step 21 on, saves fail behind; the run goes on for a while, then ends.
 
     With room again it goes on from step 20, to the same end as the run that nothing disturbed.
     """
@@ -50,86 +353,9 @@ def test_a_disk_that_fills_up_loses_nothing(trained, script, tmp_path):
     assert all("could not be written" in line and line.endswith("training goes on") for line in warned)
     assert last.startswith("error: a checkpoint could not be written")
     assert warned
-    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["10", "20"]
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [10, 20]
     assert script(*command, "--config.train.steps=60").returncode == 0
     assert fingerprint(tmp_path / "run") == fingerprint(trained)
-
-
-def test_sigterm_saves_and_asks_to_be_run_again(environment, tmp_path):
-    command = [
-        sys.executable,
-        "train.py",
-        *SMALL,
-        f"--workdir={tmp_path}/run",
-        "--config.train.checkpoint_every=100000",
-    ]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith("step"):
-            process.terminate()
-    assert process.wait(60) == 75
-    (step,) = checkpoint.steps(tmp_path / "run" / "checkpoints")
-    assert f"stopped by a signal; step {step} is saved" in lines[-1]
-
-
-def test_a_finished_run_is_left_alone_and_can_be_made_longer(trained, script, tmp_path):
-    before = fingerprint(trained)
-    again = script("train.py", *SMALL, "--config.train.steps=60", f"--workdir={trained}", "--cpu-devices=1")
-    assert (again.returncode, "already finished at step 60" in again.stdout) == (0, True)
-    assert fingerprint(trained) == before
-
-
-@pytest.mark.faults
-def test_a_second_run_in_the_folder_is_refused(environment, script, tmp_path):
-    command = ["train.py", *SMALL, f"--workdir={tmp_path}/run"]
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("first step"):
-            break
-    second = script(*command)
-    process.kill()
-    process.wait()
-    assert second.returncode == 2
-    assert f"is in use by another run (process {process.pid} on" in second.stderr
-    assert_one_line(second)
-
-
-@pytest.mark.faults
-def test_changed_data_are_noticed_on_resume(script, tmp_path):
-    """One image more would make every later batch another one."""
-    command = ["train.py", *SMALL, f"--workdir={tmp_path}/run", f"--config.data.source=npz:{tmp_path}/data.npz"]
-    images = np.zeros((40, 8, 8, 1), np.uint8)
-    np.savez(tmp_path / "data.npz", images=images)
-    assert script(*command, "--config.train.steps=3").returncode == 0
-    np.savez(tmp_path / "data.npz", images=np.concatenate([images, images[:1]]))
-    again = script(*command, "--config.train.steps=6")
-    assert again.returncode == 2
-    assert re.search("the run had 40x8x8x1-.{8}, the data now are 41x8x8x1-", again.stderr)
-
-
-@pytest.mark.faults
-def test_a_resume_on_more_devices_agrees_to_rounding_and_says_so(trained, script, tmp_path):
-    """From step 20 of one device on with two: the losses are those of the run on one, to 1e-5."""
-    command = ["train.py", *SMALL, f"--workdir={tmp_path}/run"]
-    assert script(*command, "--config.train.steps=20", "--cpu-devices=1").returncode == 0
-    more = script(*command, "--config.train.steps=60", "--cpu-devices=2")
-    assert more.returncode == 0, more.stderr
-    assert "not bit-exact from here on, only to rounding: devices 1 x cpu (cpu) is now 2 x cpu (cpu)" in more.stdout
-    wanted = {row["step"]: row["loss"] for row in metrics(trained)}
-    for row in metrics(tmp_path / "run"):
-        if row["step"] in wanted and row["step"] > 28:
-            assert row["loss"] == pytest.approx(wanted[row["step"]], abs=1e-5)
-
-
-def test_another_experiment_in_the_folder_is_refused_by_name(trained, script):
-    other = script(
-        "train.py", *SMALL, "--config.train.steps=60", "--config.train.learning_rate=0.1", f"--workdir={trained}"
-    )
-    assert other.returncode == 2
-    assert "train.learning_rate is 0.002 there, 0.1 here" in other.stderr
-    assert_one_line(other)
 
 
 EVERYTHING = [
