@@ -213,7 +213,7 @@ def follow(run, state, window, rollbacks):
                 return code
     finally:
         batches.close()
-        manager.close()
+        checkpoint.close(manager)
         writer.close()
     took = log.clock(time.monotonic() - begun)
     say(f"finished step {last:,} in {took}, loss {row['loss']:.4f}; samples: {run.workdir / 'samples'}")

@@ -173,6 +173,15 @@ def finish(manager):
         delete(trash(manager.directory))
 
 
+def close(manager):
+    """Wait until all is written and let go of the folder; what could not be written is told as a warning."""
+    try:
+        finish(manager)
+    except CheckpointError as error:
+        warnings.warn(str(error), stacklevel=2)
+    manager.close()
+
+
 def make_keeper(manager, patience=3):
     """keep(state=None, last=False, **meta): save a state now and then without ending the run when that fails.
 
