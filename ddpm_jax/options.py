@@ -51,7 +51,6 @@ class Section:
             value, name = getattr(self, field.name), self._name_of(field)
             if not _is_a(kind, value):
                 raise ConfigError(f"{name}={to_text(value)} is not {_describe(kind)}")
-            object.__setattr__(self, field.name, _exact(kind, value))  # the class may be frozen
             for text, holds in field.metadata.get("rules", ()):
                 if not holds(value):
                     raise ConfigError(f"{name}={to_text(value)} must be {text}")
@@ -83,13 +82,6 @@ def _is_a(kind, value):
     if kind is float and isinstance(value, int):
         return abs(value) <= sys.float_info.max
     return isinstance(value, kind)
-
-
-def _exact(kind, value):
-    """The value with plain floats where `kind` has them: 1 becomes 1.0, so that it is written as it is read."""
-    if kind is float:
-        return float(value)
-    return tuple(map(float, value)) if kind == tuple[float, ...] else value
 
 
 def _describe(kind):
