@@ -54,7 +54,6 @@ class Section:
             told = f"{name}={told if len(told) <= 80 else told[:77] + '...'}"
             if not _is_a(kind, value):
                 raise ConfigError(f"{told} is not {_describe(kind)}")
-            object.__setattr__(self, field.name, _exact(kind, value))  # the class may be frozen
             for text, holds in field.metadata.get("rules", ()):
                 if not holds(value):
                     raise ConfigError(f"{told} must be {text}")
@@ -86,13 +85,6 @@ def _is_a(kind, value):
     if kind is float and isinstance(value, int):
         return abs(value) <= sys.float_info.max
     return isinstance(value, kind)
-
-
-def _exact(kind, value):
-    """The value with plain floats where `kind` has them: 1 becomes 1.0, so that it is written as it is read."""
-    if kind is float:
-        return float(value)
-    return tuple(map(float, value)) if kind == tuple[float, ...] else value
 
 
 def _describe(kind):

@@ -386,26 +386,57 @@ def test_a_map_without_room(album, tmp_path, monkeypatch):
     assert levels(load_album()) == list(range(40))
 
 
-def test_decoding_can_be_interrupted(album, monkeypatch):
-    """Ctrl-C waits for few pictures, and leaves nothing behind that looks like a map."""
-    folder, load_album = album
-    paint(folder / "0.png", 7)
-    for number in range(1, 2000):
-        os.link(folder / "0.png", folder / f"{number}.png")
+@pytest.fixture
+def counted(album, monkeypatch):
+    """An album of 2,000 equal pictures and the list of those that have been read."""
+    folder, _ = album
     done, read = [], sources.read
+    paint(folder / "0000.png", 7)
+    for number in range(1, 2000):
+        os.link(folder / "0000.png", folder / f"{number:04}.png")
 
-    def interrupted(path, *rest):
+    def counting(path, *rest):
         done.append(path)
-        if len(done) == 10:
-            raise KeyboardInterrupt
         return read(path, *rest)
 
+    monkeypatch.setattr(sources, "read", counting)
+    return done
+
+
+def test_decoding_can_be_interrupted(album, counted, monkeypatch):
+    """Ctrl-C waits for few pictures, and leaves nothing behind that looks like a map."""
+    _, load_album = album
+
+    def interrupted(items, *_):
+        for i, item in enumerate(items):
+            if i == 10:
+                raise KeyboardInterrupt
+            yield item
+
     with monkeypatch.context() as patch:
-        patch.setattr(sources, "read", interrupted)
+        patch.setattr(sources, "progress", interrupted)
         with pytest.raises(KeyboardInterrupt):
             load_album()
-    assert len(done) < 500
+    assert len(counted) < 500
     assert levels(load_album()) == [7] * 2000
+
+
+def test_few_pictures_wait_in_memory(album, counted, monkeypatch):
+    """While the first of them takes its time the others are not all decoded."""
+    _, load_album = album
+    counting = sources.read
+
+    def slow(path, *rest):
+        found = counting(path, *rest)
+        if path.endswith("0000.png"):
+            time.sleep(1)
+            ahead.append(len(counted))
+        return found
+
+    ahead = []
+    monkeypatch.setattr(sources, "read", slow)
+    assert levels(load_album()) == [7] * 2000
+    assert ahead[0] < 500
 
 
 # --- several processes
