@@ -191,6 +191,8 @@ def test_fault_30_values_out_of_range(argv, fragment):
         (["--config.train.grad_clip=0"], "train.grad_clip=0.0 must be a number above 0"),
         (["--config.train.seed=-1"], "train.seed=-1 must be at least 0"),
         (["--config.train.seed=4294967296"], "train.seed=4294967296 must be below 2**32"),
+        (["--config.train.keep_every=70"], "train.keep_every=70 must be a multiple of train.checkpoint_every=500"),
+        (["--config.train.on_nan=hope"], "train.on_nan=hope must be one of skip, abort, rollback"),
         (["--config.diffusion.T=50"], "train.sample_steps=100 must be at most diffusion.T=50"),
     ],
 )

@@ -58,9 +58,11 @@ VALUES = {name: values(field, kind) for name, field, kind, _ in options.leaves(C
 
 
 def changed(changes):
-    """The default with these changes, and with the one rule between two fields kept."""
+    """The default with these changes, and with the two rules between fields kept."""
     least = min(changes.get("train.sample_steps", 100), changes.get("diffusion.T", 1000))
-    return options.replace(Config(), changes | {"train.sample_steps": least})
+    every = changes.get("train.checkpoint_every", 5000)
+    multiple = changes.get("train.keep_every", 0) // every * every
+    return options.replace(Config(), changes | {"train.sample_steps": least, "train.keep_every": multiple})
 
 
 CONFIGS = st.fixed_dictionaries({}, optional=VALUES).map(changed)
