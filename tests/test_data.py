@@ -222,6 +222,23 @@ assert "tensorflow" not in sys.modules
     np.testing.assert_array_equal(found["labels"], digits.labels)
 
 
+def test_several_processes_prepare_the_digits_once(tmp_path):
+    """Each has them, and one of them says that it has made them."""
+    options = {"data_dir": str(tmp_path / "tfds"), "cache_dir": str(tmp_path / "cache")}
+    code = f"from ddpm_jax.data import load; print(load('digits', **{options}).images.sum())"
+    command = [sys.executable, "-c", code]
+    processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [process.communicate()[0] for process in processes]
+    assert len({text.splitlines()[-1] for text in said}) == 1
+    assert sum("preparing the digits" in text for text in said) == 1
+
+
+def test_digits_where_nothing_can_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"cannot use the prepared digits: .*file"):
+        load("digits", data_dir=str(tmp_path / "file" / "tfds"), cache_dir=tmp_path / "cache")
+
+
 def test_digits_by_split_size_and_channels(prepared):
     whole = load("digits", **prepared)
     np.testing.assert_array_equal(load("digits", split="train[:10]", **prepared).images, whole.images[:10])

@@ -107,14 +107,22 @@ def from_digits(_, image_size, channels, split="train", data_dir="", cache_dir="
 
     from ddpm_jax.data.digits import Digits
 
+    def make():
+        return Digits(data_dir=data_dir or None, file_format="array_record")
+
     try:
-        builder = Digits(data_dir=data_dir or None, file_format="array_record")
-    except ValueError as error:
+        builder = make()
+        if not builder.is_prepared():
+            folder = Path(builder.data_dir).parents[1]
+            folder.mkdir(parents=True, exist_ok=True)
+            with locked(folder / "digits.lock"):
+                builder = make()
+                if not builder.is_prepared():  # nor by another process meanwhile
+                    note(f"preparing the digits in {builder.data_dir}")
+                    tfds.disable_progress_bar()
+                    builder.download_and_prepare()
+    except (OSError, ValueError) as error:
         raise DataError(f"cannot use the prepared digits: {_first_line(error)}; give another data.data_dir") from error
-    if not builder.is_prepared():
-        note(f"preparing the digits in {builder.data_dir}")
-        tfds.disable_progress_bar()
-        builder.download_and_prepare()
     return _from_builder(builder, image_size, channels, split, cache_dir)
 
 
