@@ -107,14 +107,23 @@ def from_digits(_, image_size, channels, split="train", data_dir="", cache_dir="
 
     from ddpm_jax.data.digits import Digits
 
-    try:
-        builder = Digits(data_dir=data_dir or None, file_format="array_record")
-    except ValueError as error:
-        raise DataError(f"cannot use the prepared digits: {_first_line(error)}; give another data.data_dir") from error
+    def open_builder():
+        try:
+            return Digits(data_dir=data_dir or None, file_format="array_record")
+        except ValueError as error:
+            reason = _first_line(error)
+            raise DataError(f"cannot use the prepared digits: {reason}; give another data.data_dir") from error
+
+    builder = open_builder()
     if not builder.is_prepared():
-        note(f"preparing the digits in {builder.data_dir}")
-        tfds.disable_progress_bar()
-        builder.download_and_prepare()
+        folder = Path(builder.data_dir).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder.with_suffix(".lock")):
+            builder = open_builder()  # perhaps another process has prepared them meanwhile
+            if not builder.is_prepared():
+                note(f"preparing the digits in {builder.data_dir}")
+                tfds.disable_progress_bar()
+                builder.download_and_prepare()
     return _from_builder(builder, image_size, channels, split, cache_dir)
 
 
