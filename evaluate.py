@@ -79,15 +79,17 @@ def main():
     log.note(f"step {step:,} of {workdir}, {args.weights} weights, {', '.join(args.metrics)}, {parallel.describe()}")
 
     measure, root = parallel.pmap_rows(make_measure(args, parts, plan)), keys.root(args.seed, "evaluate")
-    params, clock, batches, done = parallel.replicate(params), time.monotonic(), [], 0
-    for batch in parallel.measure_batches(measure, params, root, rows, args.batch_size):
-        for name, values in batch.items():
-            bad = ~np.isfinite(values.reshape(len(values), -1)).all(1)
-            if bad.any():
-                raise errors.Diverged(f"{name} of image {done + np.argmax(bad)} is not finite; nothing was written")
-        batches.append(batch)
-        done, took = done + len(batch["index"]), time.monotonic() - clock
-        log.note(f"{done}/{args.num} images, {done / took:.1f} a second")
+    clock, batches, done = time.monotonic(), [], 0
+    with parallel.memory_for(f"try a --batch-size smaller than {args.batch_size}"):
+        params = parallel.replicate(params)
+        for batch in parallel.measure_batches(measure, params, root, rows, args.batch_size):
+            for name, values in batch.items():
+                bad = ~np.isfinite(values.reshape(len(values), -1)).all(1)
+                if bad.any():
+                    raise errors.Diverged(f"{name} of image {done + np.argmax(bad)} is not finite; nothing was written")
+            batches.append(batch)
+            done, took = done + len(batch["index"]), time.monotonic() - clock
+            log.note(f"{done}/{args.num} images, {done / took:.1f} a second")
     found = jax.tree.map(lambda *values: np.concatenate(values).astype(np.float64), *batches)
 
     metrics = {name: REPORTS[name](found, plan) for name in dict.fromkeys(args.metrics)}

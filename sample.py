@@ -96,14 +96,13 @@ def main():
     log.note(
         f"step {step:,} of {workdir}, {args.weights} weights, {args.sampler} with {steps} steps, {parallel.describe()}"
     )
-    params = parallel.replicate(params)
     clock, batches = time.monotonic(), []
-    for batch in parallel.generate_batches(
-        parallel.pmap_generate(generate), params, root, indices, labels, args.batch_size
-    ):
-        batches.append(batch)
-        done, took = sum(map(len, batches)), time.monotonic() - clock
-        log.note(f"{done}/{len(indices)} images, {done / took:.1f} a second")
+    with parallel.memory_for(f"try a --batch-size smaller than {args.batch_size}"):
+        params, generate = parallel.replicate(params), parallel.pmap_generate(generate)
+        for batch in parallel.generate_batches(generate, params, root, indices, labels, args.batch_size):
+            batches.append(batch)
+            done, took = sum(map(len, batches)), time.monotonic() - clock
+            log.note(f"{done}/{len(indices)} images, {done / took:.1f} a second")
     samples = np.concatenate([batch[:, -1] for batch in batches])
 
     buffer = io.BytesIO()

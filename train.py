@@ -54,8 +54,8 @@ def main():
     )
     say = log.note if parallel.is_first() else lambda text: None
     say(f"ddpm_jax {checkpoint.versions()['ddpm_jax']} on {parallel.describe()}")
-    less = "try a smaller train.batch_size, train.accumulate=2 or more, or model.remat=true"
-    with signals.caught() as asked, parallel.memory_for(less):
+    less = f"try a train.batch_size smaller than {config.batch_size}, train.accumulate=2 or more, or model.remat=true"
+    with parallel.among_others(), signals.caught() as asked, parallel.memory_for(less):
         if args.dry_run:
             parallel.check_batch_size(config.batch_size, config.accumulate)
             return dry_run(args.config, say)

@@ -6,6 +6,9 @@ import os
 import sys
 import warnings
 
+PREEMPTED = 75  # EX_TEMPFAIL: saved, run the same command again
+INTERRUPTED = 130  # Ctrl-C
+
 
 class UserError(Exception):
     """What is wrong, where, and what to do, in one line; printed without a traceback."""
@@ -46,6 +49,12 @@ class OutOfMemory(UserError):
     exit_code = 1
 
 
+class LostProcess(UserError):
+    """Another process of the run has ended; the same command, in all of them, goes on from the newest checkpoint."""
+
+    exit_code = PREEMPTED
+
+
 @contextlib.contextmanager
 def writing(where):
     """A file or folder inside that cannot be written is a ConfigError that names the option `where`."""
@@ -53,10 +62,6 @@ def writing(where):
         yield
     except OSError as error:
         raise ConfigError(f"cannot write to {where}: {error.strerror or error}") from error
-
-
-PREEMPTED = 75  # EX_TEMPFAIL: saved, run the same command again
-INTERRUPTED = 130  # Ctrl-C
 
 
 class _Unread(io.FileIO):

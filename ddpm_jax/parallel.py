@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import re
+import threading
 import warnings
 
 import jax
@@ -17,7 +18,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ddpm_jax.errors import ConfigError, Diverged, OutOfMemory, UserError
+from ddpm_jax.errors import INTERRUPTED, PREEMPTED, ConfigError, Diverged, LostProcess, OutOfMemory, UserError
 
 AXIS = "batch"
 
@@ -65,6 +66,9 @@ def start(batch_size, accumulate=1, platform="auto", distributed="auto", cpu_dev
             "or say --platform=cpu",
             stacklevel=2,
         )
+    # Connect all devices now: XLA waits 30 s for the others to connect, but after that for as long as they need.
+    gather("")
+    make_agree()(None)
 
 
 def _among_several():
@@ -121,11 +125,34 @@ def together(work):
         if jax.process_count() == 1:
             raise
         failure = error
-    told = gather(json.dumps([failure.exit_code, str(failure)] if failure else None))
-    for process, (code, text) in ((i, json.loads(answer)) for i, answer in enumerate(told) if answer != "null"):
-        kinds = {kind.exit_code: kind for kind in UserError.__subclasses__()}
-        raise kinds[code](f"{text} (process {process})") from failure
+    told = gather(json.dumps([type(failure).__name__, str(failure)] if failure else None))
+    for process, (kind, text) in ((i, json.loads(answer)) for i, answer in enumerate(told) if answer != "null"):
+        kinds = {kind.__name__: kind for kind in UserError.__subclasses__()}
+        raise kinds.get(kind, UserError)(f"{text} (process {process})") from failure
     return result
+
+
+@contextlib.contextmanager
+def among_others(patience=10):
+    """Within it, the loss of another process is a LostProcess; and an error ends this one, whatever the others do.
+
+    At its exit JAX waits for them. Those that met the same error come there too; others, which know nothing of it, wait
+    for this process in the next step, so that after `patience` seconds it leaves alone.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        if jax.process_count() == 1:
+            raise
+        if isinstance(error, (RuntimeError, ValueError)) and re.search("Gloo|NCCL", str(error)):
+            reason = str(error).splitlines()[0][:160]
+            error = LostProcess(f"another process has ended ({reason}); start all of them again with the same command")
+            patience = 1
+        codes = {KeyboardInterrupt: INTERRUPTED, SystemExit: PREEMPTED}
+        leave = threading.Timer(patience, os._exit, [codes.get(type(error), getattr(error, "exit_code", 1))])
+        leave.daemon = True
+        leave.start()
+        raise error
 
 
 @contextlib.contextmanager

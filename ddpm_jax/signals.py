@@ -21,23 +21,34 @@ def caught():
     second Ctrl-C does: whatever is being written is not committed, so nothing is harmed.
     """
     received, asking = [], False
+    source, sink = os.pipe()
+    os.set_blocking(sink, False)
 
     def handle(number, frame):
         if not asking:
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(PREEMPTED)
-        if received and number == signal.SIGINT:
-            os._exit(INTERRUPTED)
-        received.append(number)
+
+    def listen():
+        """In a thread: Python calls `handle` only when the main thread comes back from native code, perhaps never."""
+        while number := os.read(source, 1):
+            if number[0] == signal.SIGINT and received:
+                os._exit(INTERRUPTED)
+            received.append(number[0])
+        os.close(source)
 
     def asked():
         nonlocal asking
         asking = True
         return CODES[received[0]] if received else None
 
+    threading.Thread(target=listen, daemon=True).start()
     before = {number: signal.signal(number, handle) for number in CODES}
+    wakeup = signal.set_wakeup_fd(sink)
     try:
         yield asked
     finally:
+        signal.set_wakeup_fd(wakeup)
+        os.close(sink)
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -8,8 +8,11 @@ import numpy as np
 import optax
 import pytest
 import scipy
+from conftest import assert_one_line, make_run
 
-from ddpm_jax import parallel, training
+import evaluate
+import sample
+from ddpm_jax import checkpoint, parallel, training
 
 ROOT = jax.random.key(0)
 
@@ -45,7 +48,7 @@ def one_parameter(optimizer, w=0.0):
     return training.init_state({"w": jnp.float32(w)}, optimizer)
 
 
-def test_sgd_gradient_is_the_same_on_1_2_and_8_devices(tiny, tiny_loss):
+def test_fault_62_sgd_gradient_and_all_replicas_are_the_same_on_1_2_and_8_devices(tiny, tiny_loss):
     optimizer = optax.sgd(1.0)
     step = training.make_train_step(tiny_loss, optimizer, 0.9)
     batch, start = batch_of(16), training.init_state(tiny[1], optimizer)
@@ -62,7 +65,7 @@ def test_sgd_gradient_is_the_same_on_1_2_and_8_devices(tiny, tiny_loss):
             np.testing.assert_allclose(a, b, atol=1e-6 * max(1, scale))
 
 
-def test_the_replica_check_sees_a_forgotten_pmean(monkeypatch):
+def test_fault_61_the_replica_check_sees_a_forgotten_pmean(monkeypatch):
     monkeypatch.setattr(training.lax, "pmean", lambda tree, axis: tree)
     step = training.make_train_step(pull, optax.sgd(1.0), 0.9)
     state, _ = run(step, one_parameter(optax.sgd(1.0)), batch_of(4), 2)
@@ -217,19 +220,54 @@ def test_each_step_and_image_has_draws_of_its_own():
     assert len(set(seen)) == 4
 
 
-def test_the_step_compiles_once_and_uses_up_its_state(tiny, tiny_loss, compilations):
-    """Once also after a restore, whose arrays come from the host."""
+def test_fault_63_the_step_compiles_once_and_uses_up_its_state(tiny, tiny_loss, compilations, tmp_path):
+    """Once also after a resume, whose arrays come from a file."""
     optimizer = training.make_optimizer(1e-3, 1.0)
     step = parallel.pmap_step(training.make_train_step(tiny_loss, optimizer, 0.9))
-    state, batch = parallel.replicate(jax.jit(lambda: training.init_state(tiny[1], optimizer))()), batch_of(16)
+    start, batch = jax.jit(lambda: training.init_state(tiny[1], optimizer)), batch_of(16)
+    state = parallel.replicate(start())
     with compilations() as count:
         for _ in range(3):
             before = state
             state, _ = step(state, parallel.shard(batch), ROOT)
         assert count() == 1
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
-        step(parallel.replicate(jax.device_get(state)), parallel.shard(batch), ROOT)
-        assert count() == 1
+    with checkpoint.open_manager(tmp_path) as manager:
+        checkpoint.save(manager, state)
+        checkpoint.finish(manager)
+    restored, _ = checkpoint.restore_state(tmp_path, jax.eval_shape(start))
+    assert all(isinstance(leaf, (np.ndarray, np.generic)) for leaf in jax.tree.leaves(restored))
+    with compilations() as count:
+        state = parallel.replicate(restored)
+        for _ in range(3):
+            state, _ = step(state, parallel.shard(batch), ROOT)
+        assert (count(), int(state.step)) == (0, 6)
+
+
+def test_fault_64_training_out_of_memory(script, tmp_path):
+    """Batches whose activations take terabytes: one line that says what takes less, and nothing is written."""
+    options = ["--config.data.image_size=64", "--config.data.channels=1", "--config.model.channels=32"]
+    options += ["--config.model.multipliers=1", "--config.model.num_res_blocks=1", "--config.train.batch_size=16384"]
+    options += ["--config.model.attention_resolutions=64", "--cpu-devices=1", f"--workdir={tmp_path}/run"]
+    limit, quick = "ulimit -v 100000000;", {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    done = script("train.py", "--dry-run", *options, shell=limit, **quick)
+    assert done.returncode == 1
+    assert_one_line(done)
+    assert "a device has too little memory (RESOURCE_EXHAUSTED" in done.stderr
+    assert "try a train.batch_size smaller than 16384, train.accumulate=2 or more, or model.remat=true" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script", [sample, evaluate])
+def test_fault_64_sampling_and_evaluating_out_of_memory(call, tmp_path, monkeypatch, script):
+    """256 TiB, more than an address can name."""
+    make_run(tmp_path)
+    monkeypatch.setattr(parallel, "replicate", lambda tree: jnp.zeros(2**46))
+    code, _, err = call(script, f"--workdir={tmp_path}", "--num=8", "--batch-size=8", f"--out={tmp_path / 'out'}")
+    assert code == 1
+    assert err.startswith("error: a device has too little memory (RESOURCE_EXHAUSTED")
+    assert err.endswith("; try a --batch-size smaller than 8\n")
+    assert err.count("\n") == 1
 
 
 def drawn_us(sampling, n, memory=None, seed=0):
