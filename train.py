@@ -3,6 +3,7 @@
 The same command again resumes. Everything of the run is in its folder; sample.py needs nothing else.
 """
 
+import contextlib
 import dataclasses
 import sys
 import time
@@ -21,7 +22,9 @@ class Args(options.Arguments):
     config_file: str = "configs/digits.py"
     workdir: str = options.option("", "folder of the run; runs/NAME of the config file when empty")
     step: int = options.option(
-        0, "checkpoint to go on from, later ones being set aside; 0 for the newest", options.at_least(0)
+        0,
+        "checkpoint to go on from: later ones are set aside, later metrics and averages dropped; 0 for the newest",
+        options.at_least(0),
     )
     allow_change: tuple[str, ...] = options.option(
         (), "fields, such as train.batch_size,data.source, that may differ from those of the run in the folder"
@@ -31,7 +34,10 @@ class Args(options.Arguments):
     platform: str = options.option("auto", "what to run on", options.one_of("auto", "cpu", "gpu", "tpu"))
     distributed: str = options.option("auto", "several processes: auto, off or HOST:PORT,ID,COUNT")
     heartbeat: int = options.option(
-        100, "seconds of silence after which a process counts as lost and the others end", options.at_least(1)
+        100,
+        "seconds of silence after which a process counts as lost and the others end",
+        options.at_least(1),
+        options.below(10**6),
     )
     cpu_devices: int = options.option(
         0, "as how many devices a CPU is used; 0 for up to one a core", options.at_least(0)
@@ -60,14 +66,15 @@ def main():
             parallel.check_batch_size(config.batch_size, config.accumulate)
             return dry_run(args.config, say)
         parts, dataset = parallel.together(lambda: prepare(args, workdir, say))
-        runs.check_same(args.config, data.fingerprint(dataset))
-        done = max(checkpoint.steps(workdir / "checkpoints"), default=0)
-        if done >= config.steps and not args.step:
+        fingerprint = data.fingerprint(dataset)
+        runs.check_same(args.config, data=fingerprint, step=args.step, allow_change=args.allow_change)
+        done = parallel.together(lambda: runs.last_step(workdir, config.steps))
+        if done:
             say(f"already finished at step {done:,}; for more, --config.train.steps={2 * done}")
             return 0
         # All is checked: from here on the folder of the run is written.
         parallel.together(lambda: parallel.is_first() and runs.claim(workdir))
-        return train(parts, dataset, workdir, asked, say, args.step or None, args.allow_change)
+        return train(parts, dataset, fingerprint, workdir, asked, say, args.step or None, args.allow_change)
 
 
 def prepare(args, workdir, say):
@@ -76,6 +83,8 @@ def prepare(args, workdir, say):
 
     config = args.config
     parallel.check_batch_size(config.train.batch_size, config.train.accumulate)
+    if args.step >= config.train.steps:
+        raise errors.ConfigError(f"--step={args.step} must be less than train.steps={config.train.steps}")
     runs.check(workdir, config, args.allow_change)
     dataset = data.load(**vars(config.data))
     images = "x".join(map(str, dataset.images.shape[1:]))
@@ -102,69 +111,80 @@ class Run(NamedTuple):
     say: Callable
 
 
-class RollBack(Exception):
-    """A step was not finite."""
+class RollBack(BaseException):
+    """A step was not finite; in all processes, so that none takes it for an error of its own."""
 
 
-def train(parts, dataset, workdir, asked, say, step=None, allowed=()):
+def train(parts, dataset, fingerprint, workdir, asked, say, step=None, allowed=()):
     """Algorithm 1 from the newest checkpoint, that of `step` or from the beginning to the last step; the exit code."""
     import jax
 
-    from ddpm_jax import checkpoint, data, experiment, parallel, runs, signals
+    from ddpm_jax import checkpoint, experiment, parallel, runs, signals
 
     config, folder = parts.config.train, workdir / "checkpoints"
     init_state, train_step = experiment.make_training(parts)
-    entries = {"config": dataclasses.asdict(parts.config), "shape": parts.shape}
-    entries |= {"data": data.fingerprint(dataset), "devices": parallel.describe()}
-    rollbacks, tries = 0, {}
+    fixed = {"config": dataclasses.asdict(parts.config), "shape": parts.shape}
+    fixed |= {"data": fingerprint, "devices": parallel.describe()}
+    rollbacks, tries, failure = 0, {}, None
     with signals.watchdog(config.watchdog, config.watchdog_abort) as feed:
-        train_step, write_grid = parallel.pmap_step(train_step), make_grid_writer(parts, workdir)
-        run = Run(parts, dataset, workdir, entries, train_step, write_grid, asked, feed, say)
+        train_step, write_grid = parallel.pmap_step(train_step), make_grid_writer(parts, workdir, feed)
         while True:
-            state, window = None, []  # metrics of the steps since the last line of the log
+            state, meta = None, {"window": [], "rollbacks": 0}
             if checkpoint.steps(folder) or step:
-                state, meta, told = runs.resume(
-                    parts, jax.eval_shape(init_state), entries["data"], workdir, step, allowed
-                )
-                window, rollbacks = meta["window"], max(rollbacks, meta["rollbacks"])
+                template = jax.eval_shape(init_state)
+                state, meta, told = runs.resume(parts, template, fingerprint, workdir, step, allowed)
                 for line in told:
                     say(line)
             else:
                 state = init_state()
-            parallel.together(lambda: parallel.is_first() and runs.record(workdir, parts.config))
+            rollbacks, step = max(rollbacks, meta["rollbacks"]), None
+            if failure:
+                begun, most = int(state.step), config.max_skipped
+                tries[begun] = tries.get(begun, 0) + 1
+                if tries[begun] > most:
+                    raise errors.Diverged(f"{failure}, after {most} roll-backs to step {begun}")
+                told = f"on from step {begun} with other batches and noise ({tries[begun]} of at most {most} times)"
+                warnings.warn(f"{failure}; {told}", stacklevel=2)
+            else:
+                parallel.together(lambda: parallel.is_first() and runs.record(workdir, parts.config))
+            entries = fixed | {"rollbacks": rollbacks, "branch": meta.get("branch")}
+            run = Run(parts, dataset, workdir, entries, train_step, write_grid, asked, feed, say)
             try:
-                return follow(run, state, window, rollbacks)
+                return follow(run, state, meta["window"])
             except RollBack as error:
-                good = max(checkpoint.steps(folder), default=0)
-                rollbacks, step, tries[good] = rollbacks + 1, None, tries.get(good, 0) + 1
-                if tries[good] > config.max_skipped:
-                    raise errors.Diverged(f"{error}, after {config.max_skipped} roll-backs to step {good}") from error
-                warnings.warn(
-                    f"{error}; going back to step {good}, on to other batches and noise "
-                    f"({tries[good]} of at most {config.max_skipped} times)",
-                    stacklevel=2,
-                )
+                failure, rollbacks = error, rollbacks + 1
 
 
-def follow(run, state, window, rollbacks):
-    """Every step from `state` on, with all that is written on the way; the exit code."""
+def follow(run, state, window):
+    """Every step from `state` on, with all that is written on the way; the exit code.
+
+    window: the metrics of the steps since the last line of the log.
+    """
     from ddpm_jax import averages, checkpoint, data, experiment, keys, log, parallel, training
 
-    config, say = run.parts.config.train, run.say
+    config, say, again = run.parts.config.train, run.say, run.entries["rollbacks"]
     first, last = int(state.step), config.steps
     if parallel.is_first():
         averages.drop_after(run.workdir / "averages", first - int(state.skipped))
-    manager = checkpoint.open_manager(run.workdir / "checkpoints", config.keep, config.keep_every)
-    keep, agree = checkpoint.make_keeper(manager), parallel.make_agree()
-    writer = log.open_log(run.workdir, first, last) if parallel.is_first() else log.Log(lambda row: None, lambda: None)
-    rows, seed = parallel.local_rows(config.batch_size), config.seed + rollbacks * 2**32  # seeds are below 2**32
-    root = keys.root(config.seed, f"train {rollbacks}" if rollbacks else "train")
-    batches = data.prefetch(
-        lambda step: parallel.shard(data.batch(run.dataset, seed, step, config.batch_size, rows)), first, last
-    )
+    rows, root = parallel.local_rows(config.batch_size), keys.root(config.seed, f"train {again}" if again else "train")
     state, learning_rate = parallel.replicate(state), experiment.learning_rate(run.parts)
-    begun, busy, waited, logged = time.monotonic(), 0.0, 0.0, first
-    try:
+    with contextlib.ExitStack() as stack:
+        writer = log.Log(lambda row: None, lambda: None)
+        if parallel.is_first():
+            with errors.writing(f"--workdir={run.workdir}"):
+                writer = log.open_log(run.workdir, first, last)
+        stack.callback(writer.close)
+        manager = checkpoint.open_manager(run.workdir / "checkpoints", config.keep, config.keep_every)
+        stack.callback(checkpoint.close, manager)
+        keep, agree = checkpoint.make_keeper(manager), parallel.make_agree()
+        batches = data.prefetch(
+            lambda step: parallel.shard(data.batch(run.dataset, config.seed, step, config.batch_size, rows, again)),
+            first,
+            last,
+        )
+        stack.enter_context(contextlib.closing(batches))
+        stack.enter_context(parallel.among_others())  # before the others are waited for in closing
+        begun, busy, waited, logged, known = time.monotonic(), 0.0, 0.0, first, first
         for step in range(first + 1, last + 1):
             clock = time.monotonic()
             batch = next(batches)
@@ -175,17 +195,16 @@ def follow(run, state, window, rollbacks):
             at_log, at_save = step % config.log_every == 0, step % config.checkpoint_every == 0
             ending = code is not None or step == last
             # Read the metrics one step late, while the device works on, except where they are needed now.
-            if len(window) > 1:
-                window[-2] = on_host(window[-2])
-            if at_log or at_save or ending:
-                window[-1] = on_host(window[-1])
+            for past in range(known + 1, step + (at_log or at_save or ending)):
+                window[past - step - 1] = on_host(window[past - step - 1])
+                check_finite(window[past - step - 1], past, config, manager)
+                known = past
             busy += time.monotonic() - clock
             if step == first + 1:
                 on_host(metrics)
                 say(f"first step, compilation included: {time.monotonic() - clock:.1f} s")
                 busy, waited, logged = 0.0, 0.0, step
             run.feed()
-            check_finite(window, config, step, manager)
 
             if at_log or step == last:
                 row = log.mean(window)
@@ -200,21 +219,18 @@ def follow(run, state, window, rollbacks):
                 }
                 writer.write({"step": step} | row | rates | timing)
                 window, busy, waited, logged = [], 0.0, 0.0, step
-            if step % config.sample_every == 0 or step == last:
-                run.write_grid(state, step)
             if config.averages and (step % config.average_every == 0 or step == last) and parallel.is_first():
                 store_averages(run.workdir, config.averages, state)
             if at_save or ending:
-                keep(state, last=ending, window=window, rollbacks=rollbacks, **run.entries)
+                keep(state, last=ending, window=window, **run.entries)
+                run.feed()
             else:
                 keep()
             if code is not None:
                 say(f"stopped by a signal; step {step:,} is saved and the same command goes on from it")
                 return code
-    finally:
-        batches.close()
-        checkpoint.close(manager)
-        writer.close()
+            if step % config.sample_every == 0 or step == last:
+                run.write_grid(state, step)
     took = log.clock(time.monotonic() - begun)
     say(f"finished step {last:,} in {took}, loss {row['loss']:.4f}; samples: {run.workdir / 'samples'}")
     say(f"more samples: python sample.py --workdir={run.workdir}")
@@ -238,25 +254,27 @@ def on_host(metrics):
     return {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
 
 
-def check_finite(window, config, step, manager):
-    """Do as train.on_nan says when the gradient of the newest step known was not finite. It changed nothing."""
+def check_finite(row, step, config, manager):
+    """Do as train.on_nan says when the gradient of the step with these metrics was not finite. It changed nothing."""
     from ddpm_jax import checkpoint
 
-    counts = ((back, row["skipped_in_row"]) for back, row in enumerate(reversed(window)))
-    back, in_row = next(((back, count) for back, count in counts if isinstance(count, int)), (0, 0))
+    in_row = row["skipped_in_row"]
     if in_row < (config.max_skipped if config.on_nan == "skip" else 1):
         return
-    checkpoint.finish(manager)
-    good = checkpoint.steps(manager.directory)
-    said = f"the gradient was not finite at step {step - back} ({in_row} in a row)"
+    said = f"the gradient was not finite at step {step} ({in_row} in a row)"
+    checkpoint.settle(manager)
     if config.on_nan == "rollback":
         raise RollBack(said)
+    good = checkpoint.steps(manager.directory)
     where = f"the last good checkpoint is {manager.directory / str(good[-1])}" if good else "no checkpoint was written"
     raise errors.Diverged(f"{said}; {where}; try a lower train.learning_rate")
 
 
-def make_grid_writer(parts, workdir):
-    """write_grid(state, step): samples of the averaged parameters, always of the same keys, as one picture."""
+def make_grid_writer(parts, workdir, feed):
+    """write_grid(state, step): samples of the averaged parameters, always of the same keys, as one picture.
+
+    One that cannot be made or written is missed with a warning; feed() is called after each batch.
+    """
     import jax
     import numpy as np
 
@@ -268,14 +286,18 @@ def make_grid_writer(parts, workdir):
     labels = experiment.labels_in_turn(parts, indices)
 
     def write_grid(state, step):
-        if parallel.is_first():
-            params = parallel.replicate(jax.device_get(state.ema_params))
-            batches = parallel.generate_batches(generate, params, root, indices, labels)
-            page = images.grid(np.concatenate(list(batches))[:, -1])
-            try:
-                images.save_png(workdir / "samples" / f"step_{step:09}.png", page)
-            except OSError as error:
-                warnings.warn(f"the samples of step {step} could not be written: {error.strerror}", stacklevel=2)
+        if not parallel.is_first():
+            return
+        try:
+            batches = []
+            with parallel.memory_for("try a smaller train.sample_num"):
+                params = parallel.replicate(jax.device_get(state.ema_params))
+                for batch in parallel.generate_batches(generate, params, root, indices, labels):
+                    batches.append(batch[:, -1])
+                    feed()
+            images.save_png(workdir / "samples" / f"step_{step:09}.png", images.grid(np.concatenate(batches)))
+        except (OSError, errors.UserError) as error:
+            warnings.warn(f"there is no grid of samples at step {step}: {error}", stacklevel=2)
 
     return write_grid
 

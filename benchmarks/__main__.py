@@ -181,7 +181,7 @@ def run_loop(parts, dataset, bare):
         stack.enter_context(no_grids)
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        train.train(parts, dataset, Path(folder), lambda: None, lambda text: None)
+        train.train(parts, dataset, "made up", Path(folder), lambda: None, lambda text: None)
     steps = [after["step"] - before["step"] for before, after in itertools.pairwise(rows)]
     return bares, steps, [row["seconds_per_step"] for row in rows[1:]], clocked[1:]
 

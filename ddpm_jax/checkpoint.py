@@ -11,6 +11,7 @@ lists the steps of a run, each read in full and compared with its checksums.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import shutil
@@ -27,7 +28,7 @@ import orbax.checkpoint as ocp
 from flax import serialization
 
 from ddpm_jax import __version__, options, parallel, trees
-from ddpm_jax.errors import CheckpointError, Diverged, UserError, run
+from ddpm_jax.errors import CheckpointError, Diverged, UserError, run, writing
 from ddpm_jax.files import lock
 
 ARRAYS = ("params", "ema_params", "opt_state", "times", "averages")  # those that are empty are left out
@@ -80,7 +81,7 @@ def steps(folder):
 def unfinished(folder):
     """What a save that was cut off has left: folders with the name of a step but without its marker."""
     found = [path for path in Path(folder).glob("*") if path.is_dir() and path.name.split(".")[0].isdigit()]
-    return sorted(path for path in found if path.suffix != ASIDE and not (path / MARKER).exists())
+    return sorted(path for path in found if not path.suffix.startswith(ASIDE) and not (path / MARKER).exists())
 
 
 def trash(folder):
@@ -97,9 +98,8 @@ def set_aside(folder, step):
     """Rename the steps after `step`, damaged or not gone on from, to N.aside: Orbax saves none before its newest."""
     for newer in reversed(steps(folder)):
         if newer > step:
-            target = Path(folder) / f"{newer}{ASIDE}"
-            delete([target])
-            (Path(folder) / str(newer)).rename(target)
+            names = (Path(folder) / f"{newer}{ASIDE}{i or ''}" for i in itertools.count())
+            (Path(folder) / str(newer)).rename(next(name for name in names if not name.exists()))
 
 
 def _digest_meta(meta):
@@ -136,13 +136,13 @@ def save(manager, state, **meta):
     if parallel.is_first():
         delete(trash(manager.directory))
     parallel.together(lambda: _check_room(manager.directory, step, 1.1 * size))
+    arrays = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
+    parallel.together(lambda: _start(manager, step, ocp.args.Composite(meta=ocp.args.JsonSave(meta), **arrays)))
+
+
+def _start(manager, step, args):
     try:
-        saved = manager.save(
-            step,
-            args=ocp.args.Composite(
-                meta=ocp.args.JsonSave(meta), **{name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
-            ),
-        )
+        saved = manager.save(step, args=args)
     except Exception as error:  # Orbax raises whatever its file layer raises
         raise _failed(manager, error) from error
     if not saved:
@@ -173,32 +173,31 @@ def finish(manager):
         delete(trash(manager.directory))
 
 
-def close(manager):
-    """Wait until all is written and let go of the folder; what could not be written is told as a warning."""
+def settle(manager):
+    """Wait until all is written; what could not be written is told as a warning."""
     try:
         finish(manager)
     except CheckpointError as error:
         warnings.warn(str(error), stacklevel=2)
+
+
+def close(manager):
+    """Settle, and let go of the folder."""
+    settle(manager)
     manager.close()
 
 
 def make_keeper(manager, patience=3):
     """keep(state=None, last=False, **meta): save a state now and then without ending the run when that fails.
 
-    To be called at every step, so that a save that failed behind is told at once, as a warning. After `patience` such
-    failures with no good step between, or when the save is the `last`, which is waited for, it is raised.
+    To be called at every step, so that a save that failed behind is told at once. A failure is a warning; but when the
+    save is the `last`, or the last `patience` have failed, it is waited for and its failure is raised.
     """
-    failures = []  # (newest good step at the time, what happened) of the failures in a row
+    failures = []  # the newest good step at the time of each failure
 
     def count(failure):
-        good = steps(manager.directory)[-1:]
-        failures[:] = [*(past for past in failures if past[0] == good), (good, failure)]
-        if len(failures) < patience:
-            warnings.warn(f"{failure}; training goes on", stacklevel=3)
-
-    def give_up():
-        if len(failures) >= patience:
-            raise failures[-1][1]
+        failures.append(steps(manager.directory)[-1:])
+        warnings.warn(f"{failure}; training goes on", stacklevel=3)
 
     def keep(state=None, last=False, **meta):
         try:
@@ -207,7 +206,8 @@ def make_keeper(manager, patience=3):
             count(_failed(manager, error))
         if state is None:
             return
-        parallel.together(give_up)
+        in_row = failures.count(steps(manager.directory)[-1:])
+        last = last or any(int(number) >= patience for number in parallel.gather(str(in_row)))
         try:
             save(manager, state, **meta)
             if last:
@@ -216,7 +216,6 @@ def make_keeper(manager, patience=3):
             if last:
                 raise
             count(error)
-            give_up()
 
     return keep
 
@@ -359,7 +358,8 @@ def main():
         raise CheckpointError(f"there is no run in {args.workdir!r}; python -m ddpm_jax.checkpoint runs/digits")
     quiet()
     if args.clean:
-        lock(workdir)  # not while a run is writing there
+        with writing(f"{workdir}"):
+            lock(workdir)  # not while a run is writing there
         delete(leftovers(folder))
     fault, meta = "there is none", None
     for step, found, fault in verify(folder):
@@ -377,7 +377,7 @@ def main():
 
 def leftovers(folder):
     """What no run reads: steps set aside, and those whose writing was cut off."""
-    return sorted([*Path(folder).glob(f"*{ASIDE}"), *unfinished(folder)])
+    return sorted([*Path(folder).glob(f"*{ASIDE}*"), *unfinished(folder)])
 
 
 def _size(path):

@@ -123,7 +123,7 @@ class Train(Section):
         10, "non-finite steps in a row, or roll-backs to one checkpoint, after which the run ends", at_least(1)
     )
     watchdog: int = option(
-        1800, "seconds without a finished step after which all stacks are shown; 0 for never", at_least(0)
+        1800, "seconds without a finished step after which all stacks are shown; 0 for never", at_least(0), below(10**6)
     )
     watchdog_abort: bool = option(False, "then also end the process, for a supervisor to start it again")
     seed: int = option(0, "seed of everything random", at_least(0), ("below 2**32", lambda v: v < 2**32))

@@ -59,13 +59,10 @@ def open_log(workdir, step, total):
     path = Path(workdir) / "metrics.jsonl"
     rows = []
     if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue  # the part of a line that a crash left
-            if row["step"] <= step:
-                rows.append(line)
+        for line in path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # a crash left a part of a line
+                if json.loads(line)["step"] <= step:
+                    rows.append(line)
         write_atomic(path, "".join(line + "\n" for line in rows).encode())
     file = open(path, "a")  # noqa: SIM115 (closed by close)
     board = None

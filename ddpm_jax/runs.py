@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ddpm_jax import checkpoint, parallel, trees
 from ddpm_jax import config as configs
-from ddpm_jax.errors import ConfigError, writing
+from ddpm_jax.errors import CheckpointError, ConfigError, writing
 from ddpm_jax.files import lock, write_atomic
 from ddpm_jax.options import nearest
 
@@ -29,7 +29,7 @@ def check(workdir, config, allowed=()):
         return  # nothing has been trained there yet
     if not file.exists():
         raise ConfigError(f"{workdir} has checkpoints but no config.json; take another --workdir")
-    changed = configs.differences(configs.from_json(file.read_text(), str(file)), config)
+    changed = configs.differences(configs.from_json(file.read_text(errors="replace"), str(file)), config)
     changed = [(name, f"{name} is {a!r} there, {b!r} here") for name, a, b in changed if name not in configs.MAY_CHANGE]
     refused = {name: text for name, text in changed if name not in allowed}
     if refused:
@@ -41,9 +41,9 @@ def check(workdir, config, allowed=()):
         warnings.warn(f"going on as another experiment: {text}", stacklevel=2)
 
 
-def check_same(config, data):
-    """Raise ConfigError in all processes unless all were started with the same config, data and versions."""
-    own = {"config": dataclasses.asdict(config), "data": data, "versions": checkpoint.versions()}
+def check_same(config, **others):
+    """Raise ConfigError in all processes unless all were started with the same config, versions and `others`."""
+    own = {"config": dataclasses.asdict(config), "versions": checkpoint.versions()} | others
     first, *others = map(json.loads, parallel.gather(json.dumps(own)))
     for process, other in enumerate(others, 1):
         differ = trees.differences(first, other, "{} is {!r} in process 0, {!r} in process " + str(process))
@@ -70,9 +70,21 @@ def record(workdir, config):
         "xla_flags": os.environ.get("XLA_FLAGS"),
     }
     with writing(f"--workdir={workdir}"):
-        starts = json.loads(file.read_text()) if file.exists() else []
+        try:
+            starts = json.loads(file.read_text())
+        except (FileNotFoundError, ValueError):  # there is none, or a power cut has left nothing of it
+            starts = []
         write_atomic(workdir / "config.json", configs.to_json(config).encode())
         write_atomic(file, (json.dumps([*starts, this], indent=2) + "\n").encode())
+
+
+def last_step(workdir, steps):
+    """The newest whole checkpoint's step when that is `steps` or more, else None; it is read in full."""
+    folder = workdir / "checkpoints"
+    if max(checkpoint.steps(folder), default=0) < steps:
+        return None
+    newest = checkpoint.load(folder, checkpoint.ARRAYS[:3])[0]["step"]
+    return newest if newest >= steps else None
 
 
 def revision():
@@ -86,15 +98,27 @@ def revision():
 def resume(parts, template, data, workdir, step=None, allowed=()):
     """(TrainState, meta, lines) of the newest whole checkpoint, or of `step`: lines say what has changed since.
 
-    data: the fingerprint of the data, which must be the checkpoint's unless `allowed` has data.source. Later steps are
-    set aside.
+    When the newest already comes from `step`, it is the newest, so that the same command can be given again.
+    data: the fingerprint of the data, which must be the checkpoint's unless a field of data is `allowed` to change.
+    Later steps are set aside.
     """
     folder = workdir / "checkpoints"
-    state, meta = checkpoint.restore_state(folder, template, step, json.loads(configs.to_json(parts.config)))
+    if step is not None and parallel.together(lambda: checkpoint.load(folder, [])[0]).get("branch") == step:
+        step = None
+    config = json.loads(configs.to_json(parts.config))
+    state, meta = parallel.together(lambda: checkpoint.restore_state(folder, template, step, config))
+    if step is not None:
+        meta |= {"branch": step}
+    read = [json.loads(text) for text in parallel.gather(json.dumps([meta["step"], meta["digests"]]))]
+    if any(other != read[0] for other in read):
+        raise CheckpointError(
+            f"the processes read different checkpoints, steps {', '.join(str(number) for number, _ in read)}; "
+            "--workdir must be the same folder for all"
+        )
     lines = [f"resuming at step {state.step:,} from {folder}"]
     if meta["data"] != data:
         changed = f"the run had {meta['data']}, the data now are {data}"
-        if "data.source" not in allowed:
+        if not any(name.startswith("data.") for name in allowed):
             raise ConfigError(
                 f"{changed}: its batches would be others; put the data back, take another --workdir, or go on with "
                 "other data by --allow-change=data.source"

@@ -239,13 +239,13 @@ def test_fault_23_a_full_disk_is_told_before_writing(folder, monkeypatch):
     assert restored_step(folder) == 30
 
 
-def test_failures_are_borne_until_the_third_in_a_row(folder, monkeypatch):
-    """Two failures, a good save, two more are warnings; the third without a good one between ends the run."""
+def test_failures_are_borne_until_the_fourth_in_a_row(folder, monkeypatch):
+    """Two failures, a good save, three more are warnings; the next one without a good one between ends the run."""
     with checkpoint.open_manager(folder, keep=3) as manager:
         keep = checkpoint.make_keeper(manager)
         usage = shutil.disk_usage(folder)
 
-        for step, fails in [(40, True), (50, True), (60, False), (70, True), (80, True)]:
+        for step, fails in [(40, True), (50, True), (60, False), (70, True), (80, True), (85, True)]:
             with pytest.MonkeyPatch.context() as patch:
                 if fails:
                     patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))

@@ -1,4 +1,4 @@
-"""The scripts as a user runs them: train, kill, resume, sample, and what goes wrong by mistake."""
+"""The scripts as a user runs them: train, sample, and what goes wrong by mistake."""
 
 import json
 import re
@@ -106,6 +106,7 @@ MISTAKES = {
     "spacing": (["sample.py", "--workdir=RUN", "--spacing=even"], 2, "is not one of trailing, leading"),
     "processes": (["train.py", "--distributed=localhost:1,3,2"], 2, "with ID below COUNT"),
     "fault_39 platform": (["train.py", "--platform=tpu"], 2, "(--platform=tpu)"),
+    "step at the end": (["train.py", "--step=2000"], 2, "--step=2000 must be less than train.steps=2000"),
     "fault_22 unwritable": (["train.py", "--workdir=/proc/run"], 2, "cannot write to --workdir=/proc/run"),
     "classes": (["train.py", "--config.model.num_classes=5"], 2, "labels run from 0 to 9"),
     "missing folder": (

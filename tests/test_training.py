@@ -163,7 +163,7 @@ def test_average_follows_the_parameters():
         assert 1 - state.ema_params["w"] == pytest.approx(training.ema_init_share(0.9, n), abs=1e-6)
 
 
-def test_a_step_that_is_not_finite_changes_nothing_but_the_counters():
+def test_fault_59_a_step_that_is_not_finite_changes_nothing_but_the_counters():
     """Bad steps among good ones: the end is that of a run without them."""
 
     def sometimes(params, key, x_0, label, u):
