@@ -78,13 +78,16 @@ def record(workdir, config):
         write_atomic(file, (json.dumps([*starts, this], indent=2) + "\n").encode())
 
 
-def last_step(workdir, steps):
-    """The newest whole checkpoint's step when that is `steps` or more, else None; it is read in full."""
+def last_step(workdir, steps, step=0):
+    """The newest whole checkpoint's step when the run has come to `steps`, by way of `step`, else None.
+
+    That checkpoint is read in full.
+    """
     folder = workdir / "checkpoints"
     if max(checkpoint.steps(folder), default=0) < steps:
         return None
-    newest = checkpoint.load(folder, checkpoint.ARRAYS[:3])[0]["step"]
-    return newest if newest >= steps else None
+    meta = checkpoint.load(folder, checkpoint.ARRAYS[:3])[0]
+    return meta["step"] if meta["step"] >= steps and step in (0, meta.get("branch")) else None
 
 
 def revision():

@@ -257,6 +257,8 @@ def test_the_same_command_goes_on_from_a_chosen_step(trained, script, tmp_path):
     assert checkpoint.steps(run / "checkpoints") == [53]
     second = script(*command, "--config.train.steps=60")
     assert (second.returncode, "resuming at step 53" in second.stdout) == (0, True), second.stderr
+    third = script(*command, "--config.train.steps=60")
+    assert "already finished at step 60" in third.stdout
     assert sorted(path.name for path in (run / "checkpoints").glob("*.aside*")) == ["50.aside", "60.aside"]
     assert fingerprint(run) == fingerprint(trained)
 
