@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import pytest
@@ -31,14 +32,16 @@ def run(program, *numbers, seconds=20):
         stderr=subprocess.PIPE,
         text=True,
     )
+    late = threading.Timer(seconds, process.kill)
+    late.start()
     lines, left = [], list(numbers)
     for line in process.stdout:
         lines.append(line.strip())
         if lines[-1] == "now":
             process.send_signal(left.pop(0))
-    process.stdout = None
-    _, err = process.communicate(timeout=seconds)
-    return subprocess.CompletedProcess(process.args, process.returncode, lines, err)
+    err = process.stderr.read()
+    late.cancel()
+    return subprocess.CompletedProcess(process.args, process.wait(), lines, err)
 
 
 BEFORE = """
@@ -122,8 +125,8 @@ def main():
 sys.exit(errors.run(main))
 """
 WAITS = {
-    "sleep": "time.sleep(30)",
-    "lock": "threading.Event().wait(30)",
+    "sleep": "time.sleep(60)",
+    "lock": "threading.Event().wait(60)",
     "native code": "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)",
 }
 
