@@ -125,7 +125,7 @@ def train(parts, dataset, fingerprint, workdir, asked, say, step=None, allowed=(
     init_state, train_step = experiment.make_training(parts)
     fixed = {"config": dataclasses.asdict(parts.config), "shape": parts.shape}
     fixed |= {"data": fingerprint, "devices": parallel.describe()}
-    rollbacks, tries, failure = 0, {}, None
+    rollbacks, tries, failure, branch = 0, {}, None, step
     with signals.watchdog(config.watchdog, config.watchdog_abort) as feed:
         train_step, write_grid = parallel.pmap_step(train_step), make_grid_writer(parts, workdir, feed)
         while True:
@@ -137,7 +137,7 @@ def train(parts, dataset, fingerprint, workdir, asked, say, step=None, allowed=(
                     say(line)
             else:
                 state = init_state()
-            rollbacks, step = max(rollbacks, meta["rollbacks"]), None
+            rollbacks, branch, step = max(rollbacks, meta["rollbacks"]), branch or meta.get("branch"), None
             if failure:
                 begun, most = int(state.step), config.max_skipped
                 tries[begun] = tries.get(begun, 0) + 1
@@ -147,7 +147,7 @@ def train(parts, dataset, fingerprint, workdir, asked, say, step=None, allowed=(
                 warnings.warn(f"{failure}; {told}", stacklevel=2)
             else:
                 parallel.together(lambda: parallel.is_first() and runs.record(workdir, parts.config))
-            entries = fixed | {"rollbacks": rollbacks, "branch": meta.get("branch")}
+            entries = fixed | {"rollbacks": rollbacks, "branch": branch}
             run = Run(parts, dataset, workdir, entries, train_step, write_grid, asked, feed, say)
             try:
                 return follow(run, state, meta["window"])

@@ -110,8 +110,6 @@ def resume(parts, template, data, workdir, step=None, allowed=()):
         step = None
     config = json.loads(configs.to_json(parts.config))
     state, meta = parallel.together(lambda: checkpoint.restore_state(folder, template, step, config))
-    if step is not None:
-        meta |= {"branch": step}
     read = [json.loads(text) for text in parallel.gather(json.dumps([meta["step"], meta["digests"]]))]
     if any(other != read[0] for other in read):
         raise CheckpointError(
