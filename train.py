@@ -67,7 +67,10 @@ def main():
             return dry_run(args.config, say)
         parts, dataset = parallel.together(lambda: prepare(args, workdir, say))
         fingerprint = data.fingerprint(dataset)
-        runs.check_same(args.config, data=fingerprint, step=args.step, allow_change=args.allow_change)
+        there = checkpoint.steps(workdir / "checkpoints")
+        runs.check_same(
+            args.config, data=fingerprint, step=args.step, allow_change=args.allow_change, checkpoints=there
+        )
         done = parallel.together(lambda: runs.last_step(workdir, config.steps, args.step))
         if done:
             say(f"already finished at step {done:,}; for more, --config.train.steps={2 * done}")
