@@ -77,6 +77,7 @@ def main():
             return 0
         # All is checked: from here on the folder of the run is written.
         parallel.together(lambda: parallel.is_first() and runs.claim(workdir))
+        parallel.together(lambda: runs.check_seen(workdir))
         return train(parts, dataset, fingerprint, workdir, asked, say, args.step or None, args.allow_change)
 
 

@@ -58,6 +58,12 @@ def claim(workdir):
         lock(workdir)
 
 
+def check_seen(workdir):
+    """Raise ConfigError in a process that does not see the folder which the first one has made."""
+    if not (workdir / "lock").exists():
+        raise ConfigError(f"--workdir={workdir} is not the same folder for all processes; take a shared one")
+
+
 def record(workdir, config):
     """Write config.json, and add this start to run.json: versions, devices, command, git revision."""
     file = workdir / "run.json"

@@ -131,6 +131,13 @@ def test_a_step_to_go_on_from(begun):
     assert sorted(os.listdir(folder / "checkpoints")) == ["10.aside", "5"]
 
 
+def test_a_folder_that_another_process_does_not_see(tmp_path):
+    with pytest.raises(ConfigError, match="is not the same folder for all processes"):
+        runs.check_seen(tmp_path / "run")
+    runs.claim(tmp_path / "run")
+    runs.check_seen(tmp_path / "run")
+
+
 def test_checkpoints_without_a_config_are_left_alone(begun):
     folder, parts, _ = begun
     (folder / "config.json").unlink()
