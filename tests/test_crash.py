@@ -105,7 +105,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(trained, start, tmp
 @pytest.mark.faults
 def test_fault_01_killed_twenty_times(start, script, tmp_path):
     """A save is under way most of the time, for every second step has one."""
-    options = ["--config.train.steps=1000", "--config.train.checkpoint_every=2"]
+    options = ["--config.train.steps=300", "--config.train.checkpoint_every=2"]
     unbroken = script("train.py", *SMALL, *options, f"--workdir={tmp_path}/unbroken", "--cpu-devices=1")
     assert unbroken.returncode == 0, unbroken.stderr
     codes = kill_until_done(start, [*options, f"--workdir={tmp_path}/run"], 20, 0.4)
