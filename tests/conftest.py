@@ -135,6 +135,30 @@ def metrics(workdir):
     return [{name: value for name, value in row.items() if name not in clock} for row in rows]
 
 
+@pytest.fixture
+def start(environment):
+    """start(option, ..., patch=code) -> train.py as a process, after `code`, its stdout to be read line by line."""
+    processes = []
+
+    def run(*options, patch=""):
+        code = f"import sys, runpy, time\n{patch}\nsys.argv[0] = 'train.py'\n"
+        code += "runpy.run_path('train.py', run_name='__main__')"
+        command = [sys.executable, "-c", code, *SMALL, "--cpu-devices=1", *map(str, options)]
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True))
+        return processes[-1]
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def assert_same_end(workdir, other):
+    """The same bits in the state, and each step's metrics once."""
+    assert fingerprint(workdir) == fingerprint(other)
+    assert metrics(workdir) == metrics(other)
+
+
 def assert_one_line(done):
     assert done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: ")
