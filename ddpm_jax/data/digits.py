@@ -3,7 +3,6 @@
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
-from sklearn.datasets import load_digits
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
@@ -30,6 +29,8 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         return {"train": self._generate_examples()}
 
     def _generate_examples(self):
+        from sklearn.datasets import load_digits  # here, as it takes a second that only the first run needs
+
         digits = load_digits()
         levels = np.round(digits.images * 255 / 16).astype(np.uint8)
         for i, (image, label) in enumerate(zip(levels, digits.target, strict=True)):
