@@ -97,6 +97,7 @@ def script(environment):
 SMALL = [  # a run of a few seconds
     "--config.model.channels=8",
     "--config.model.multipliers=1",
+    "--config.model.num_res_blocks=1",
     "--config.model.attention_resolutions=8",
     "--config.model.groups=4",
     "--config.train.batch_size=16",
