@@ -70,6 +70,14 @@ def fit(picture, image_size, channels):
     return array[..., None] if array.ndim == 2 else array
 
 
+def fit_array(image, image_size, channels):
+    """uint8 (H, W, C) of the wanted size, as `fit` makes it."""
+    height, width, bands = image.shape
+    if (height, width, bands) == (*(image_size or (height, width)), channels or bands):
+        return image
+    return fit(Image.fromarray(image[..., 0] if bands == 1 else image), image_size, channels)
+
+
 def _filter(scale):
     """The mean of whole blocks where it can be; otherwise smooth filters, as BOX would weigh pixels unevenly."""
     if scale < 1:
