@@ -251,7 +251,7 @@ def test_digits_by_split_size_and_channels(prepared):
     ("source", "options", "fragment"),
     [
         ("tfds:no_such_set", {}, "no_such_set"),
-        ("tfds:cifar10", {}, "cifar10.*not prepared"),
+        ("tfds:celeb_a", {}, "celeb_a is not prepared.*tfds build celeb_a .*or take its pictures as folder:"),
         ("tfds:cifar10/none", {}, "cifar10/none"),
         ("tfds:digits:9.9.9", {}, "9.9.9"),
         ("tfds:", {}, "tfds:"),
@@ -270,7 +270,7 @@ def test_sets_that_are_not_there(prepared, source, options, fragment):
 def test_a_prepared_set_without_its_records(prepared, tmp_path, damage):
     shutil.copytree(prepared["data_dir"], tmp_path / "tfds")
     damage(next((tmp_path / "tfds").rglob("*.array_record-*")))
-    with pytest.raises(DataError, match="not prepared"):
+    with pytest.raises(DataError, match="digits.*or is damaged.*delete that folder"):
         load("tfds:digits", data_dir=tmp_path / "tfds", cache_dir=tmp_path / "cache")
 
 

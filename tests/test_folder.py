@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax.data import batch, load, sources
+from ddpm_jax.data import batch, load, maps, sources
 from ddpm_jax.errors import DataError
 
 ROOT = Path(__file__).parents[1]
@@ -414,7 +414,7 @@ def test_decoding_can_be_interrupted(album, counted, monkeypatch):
             yield item
 
     with monkeypatch.context() as patch:
-        patch.setattr(sources, "progress", interrupted)
+        patch.setattr(maps, "progress", interrupted)
         with pytest.raises(KeyboardInterrupt):
             load_album()
     assert len(counted) < 500

@@ -34,21 +34,34 @@ def read_idx(path, shape):
     return np.frombuffer(data, np.uint8, offset=len(header)).reshape(shape)
 
 
-def read_tar(path, names):
-    """{name: bytes} of the files `names` in a tar, gzipped or not."""
+def read_members(folder, archive, prefix, names):
+    """{name: bytes} of the files prefix + name in a tar, gzipped or not, or where it was unpacked, in `folder`."""
+    for path in (folder / archive, folder / f"{archive.split('.')[0]}.tar"):
+        if path.is_file():
+            return _read_tar(path, {prefix + name: name for name in names})
+    found = {}
+    for name in names:
+        path = find(folder, archive, prefix + name, name)
+        with _reading(path):
+            found[name] = path.read_bytes()
+    return found
+
+
+def _read_tar(path, names):
+    """{names[member]: bytes} of the members of a tar that are in `names`."""
     found, size = {}, 0
     with _reading(path), _open(path) as file, tarfile.open(fileobj=file, mode="r|") as tar:
         for member in tar:
-            name = posixpath.normpath(member.name)
+            inside, name = posixpath.normpath(member.name), names.get(posixpath.normpath(member.name))
+            if not (member.isfile() or member.isdir()) or inside.startswith(("/", "..")) or name in found:
+                raise DataError(f"{path} has an odd member, {member.name!r}: it is another archive")
             size += member.size
-            if not (member.isfile() or member.isdir()) or name.startswith(("/", "..")) or name in found:
-                raise DataError(f"{path} has an odd member: {member.name!r}")
             if size > MAX_UNPACKED:
-                raise DataError(f"{path} unpacks to more than {MAX_UNPACKED / 1e9:.1f} GB")
-            if name in names:
+                raise DataError(f"{path} unpacks to more than {MAX_UNPACKED / 1e9:.1f} GB: it is another archive")
+            if name and member.isfile():
                 found[name] = tar.extractfile(member).read()
         file.read(2**20)  # to the end, where gzip has its checksum
-    lacking = sorted(set(names) - set(found))
+    lacking = [member for member, name in names.items() if name not in found]
     if lacking:
         raise DataError(f"{path} has no {lacking[0]}: it is another archive or a part of one")
     return found

@@ -9,20 +9,32 @@ from ddpm_jax.log import note
 
 
 def from_tfds(name, image_size, channels, split="train", data_dir="", cache_dir="~/.cache/ddpm_jax", files="", **_):
-    """A split of a TFDS data set; those in SETS are prepared first, from their archives."""
+    """A split of a TFDS data set; those in SETS are prepared first, from archives in the folder `files` if given."""
     import tensorflow_datasets as tfds
 
     def make():
-        return tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
+        return tfds.builder(name, data_dir=data_dir or None)
 
     try:
         builder = make()
-        if builder.name in SETS:
-            builder = _prepared(make, lambda builder: prepare(builder, files))
     except (tfds.core.registered.DatasetNotFoundError, ValueError, AssertionError) as error:
         reason = first_line(error)
         raise DataError(f"TFDS cannot open data set {name} (data.source=tfds:{name}): {reason}") from error
+    if builder.name in SETS:
+        try:
+            builder = _prepared(make, lambda builder: prepare(builder, files))
+        except OSError as error:
+            raise DataError(f"cannot prepare TFDS data set {name}: {error}; give another data.data_dir") from error
+    if not builder.is_prepared():
+        raise DataError(
+            f"TFDS data set {name} is not prepared in {builder.data_dir_root}, and only {', '.join(SETS)} are prepared "
+            f"here; do it {_with_tensorflow(name, builder.data_dir_root)}, or take its pictures as folder:DIR"
+        )
     return _from_builder(builder, image_size, channels, split, cache_dir)
+
+
+def _with_tensorflow(name, data_dir):
+    return f"where TensorFlow is installed by tfds build {name} --file_format=array_record --data_dir={data_dir}"
 
 
 def from_digits(_, image_size, channels, split="train", data_dir="", cache_dir="~/.cache/ddpm_jax", **__):
@@ -59,14 +71,20 @@ def _prepared(make, write):
 def _from_builder(builder, image_size, channels, split, cache_dir):
     try:
         rows = builder.as_data_source(split=split)
-        if "image" not in builder.info.features:
-            raise DataError(f"TFDS data set {builder.info.full_name} has no feature 'image'")
         rows[0]  # only now is a file opened
+    except NotImplementedError as error:
+        how = "" if builder.name in SETS else f" and prepare it there, {_with_tensorflow(builder.name, 'DIR')}"
+        raise DataError(
+            f"TFDS set {builder.info.full_name} is in {builder.data_dir} as {builder.info.file_format.value}, which "
+            f"only TensorFlow reads; give another data.data_dir=DIR{how}"
+        ) from error
     except (RuntimeError, ValueError, LookupError, AssertionError, OSError) as error:
         raise DataError(
-            f"TFDS data set {builder.info.full_name} is not prepared as array_record in {builder.data_dir}, or has no "
-            f"split {split}; prepare it with download_and_prepare(file_format='array_record') ({first_line(error)})"
+            f"TFDS data set {builder.info.full_name} in {builder.data_dir} has no split {split}, or is damaged "
+            f"({first_line(error)}); in the latter case delete that folder and prepare it anew"
         ) from error
+    if "image" not in builder.info.features:
+        raise DataError(f"TFDS data set {builder.info.full_name} has no feature 'image'")
     features = builder.info.features
     labelled = "label" in features
     if not image_size and None in features["image"].shape[:2]:

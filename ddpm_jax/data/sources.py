@@ -10,6 +10,7 @@ from ddpm_jax.data.loader import Dataset
 from ddpm_jax.data.maps import decode, digest
 from ddpm_jax.data.records import from_digits, from_tfds
 from ddpm_jax.errors import DataError, first_line
+from ddpm_jax.log import note
 
 
 def load(source, image_size=(), channels=0, **options):
@@ -56,7 +57,10 @@ def from_npz(path, image_size, channels, **_):
 
 
 def from_folder(folder, image_size, channels, max_unreadable=0.1, cache_dir="~/.cache/ddpm_jax", **_):
-    """All pictures below a folder, decoded once into a memory map; a changed folder is decoded anew."""
+    """All pictures below a folder, decoded once into a memory map; a changed folder is decoded anew.
+
+    Labels are the subfolders that the pictures lie in, counted in byte order, unless one lies in none.
+    """
     if not folder:
         raise DataError("data.source=folder: names no folder; say for example --config.data.source=folder:my_pictures")
     folder = Path(os.path.expanduser(folder))
@@ -71,15 +75,31 @@ def from_folder(folder, image_size, channels, max_unreadable=0.1, cache_dir="~/.
         raise DataError(f"cannot list {where} (data.source=folder:{folder}): {error.strerror}") from error
     if not files:
         raise DataError(f"no pictures in {folder}; looked for {' '.join('*' + suffix for suffix in SUFFIXES)}")
+    names = [os.path.relpath(path, folder) for path, _, _ in files]
+    classes = _classes(names)
+    if classes:
+        told = ", ".join(map(repr, classes[:5])) + ", ..." * (len(classes) > 5)
+        note(f"{folder}: labels from the names of {len(classes)} subfolders, {told}")
+    label = {name: i for i, name in enumerate(classes)}
     return decode(
         f"folder:{folder.resolve()}",
-        digest(repr([(os.path.relpath(p, folder), s, m) for p, s, m in files])),
+        digest(repr((classes, names, [at for _, *at in files]))),
         [path for path, _, _ in files],
-        lambda path: (read(path, image_size, channels or 3), -1),
+        lambda path: (read(path, image_size, channels or 3), label.get(_top(os.path.relpath(path, folder)), -1)),
         (*image_size, channels or 3),
         max_unreadable,
         cache_dir,
     )
+
+
+def _classes(names):
+    """The subfolders in byte order if every one of the relative `names` lies in one, however deep; [] otherwise."""
+    inside = all(os.sep in name for name in names)
+    return sorted({_top(name) for name in names}, key=os.fsencode) if inside else []
+
+
+def _top(name):
+    return name.split(os.sep)[0]
 
 
 SOURCES = {"digits": from_digits, "tfds": from_tfds, "folder": from_folder, "npz": from_npz}
