@@ -270,7 +270,7 @@ def test_sets_that_are_not_there(prepared, source, options, fragment):
 def test_a_prepared_set_without_its_records(prepared, tmp_path, damage):
     shutil.copytree(prepared["data_dir"], tmp_path / "tfds")
     damage(next((tmp_path / "tfds").rglob("*.array_record-*")))
-    with pytest.raises(DataError, match="digits.*or is damaged.*delete that folder"):
+    with pytest.raises(DataError, match=r"digits.*or is damaged.*delete that folder"):
         load("tfds:digits", data_dir=tmp_path / "tfds", cache_dir=tmp_path / "cache")
 
 

@@ -1,6 +1,7 @@
 """Prepare, describe and show a data source: python -m ddpm_jax.data tfds:fashion_mnist --out=grid.png"""
 
 import dataclasses
+import logging
 import sys
 
 from ddpm_jax import errors, options
@@ -34,9 +35,9 @@ def main():
 
     import numpy as np
 
-    from ddpm_jax import checkpoint, data, images
+    from ddpm_jax import data
 
-    checkpoint.quiet()
+    logging.getLogger("absl").setLevel(logging.ERROR)  # TFDS warns of what is as it should be
     named = {name: value for name, value in vars(args).items() if name not in ("num", "out", "debug")}
     dataset = data.load(**named)
     count, height, width, channels = dataset.images.shape
@@ -48,6 +49,8 @@ def main():
         print(f"{len(each)} classes, from 0 on with", *(f"{n:,}" for n in each), "images")
     print("fingerprint", data.fingerprint(dataset))
     if args.out:
+        from ddpm_jax import images
+
         picked = np.linspace(0, count - 1, min(count, args.num)).astype(int)
         with errors.writing(f"--out={args.out}"):
             images.save_png(args.out, images.grid(dataset.images[picked]))
