@@ -50,7 +50,8 @@ def read(path, image_size, channels):
             raise ValueError(f"{width}x{height} is more than {MAX_PIXELS:,} pixels")
         if max(width, height) > MAX_ASPECT * min(width, height):
             raise ValueError(f"{width}x{height} is too long for its width")
-        return fit(ImageOps.exif_transpose(picture), image_size, channels)
+        ImageOps.exif_transpose(picture, in_place=True)
+        return fit(picture, image_size, channels)
 
 
 def fit(picture, image_size, channels):
@@ -98,4 +99,5 @@ def _to_8_bits(picture):
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
         return Image.alpha_composite(white, picture).convert("RGB")
-    return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
+    mode = "L" if picture.mode in ("1", "L") else "RGB"
+    return picture if picture.mode == mode else picture.convert(mode)

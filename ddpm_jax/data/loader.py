@@ -1,5 +1,6 @@
 """Batches without state: what step n trains on follows from the seed and n alone, so there is nothing to save."""
 
+import collections
 import contextlib
 import functools
 import mmap
@@ -88,11 +89,11 @@ def batch(dataset, seed, step, batch_size, rows=slice(None), again=0):
     return {"index": index.astype(np.int32), "image": image, **label}
 
 
-def prefetch(make, first, last, ahead=2):
-    """make(first), ..., make(last - 1), up to `ahead` of them prepared in a thread while the caller is busy."""
-    with ThreadPoolExecutor(1) as thread:
-        waiting = [thread.submit(make, step) for step in range(first, min(first + ahead, last))]
+def prefetch(make, first, last, ahead=2, threads=1):
+    """make(first), ..., make(last - 1), up to `ahead` of them prepared in threads while the caller is busy."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = collections.deque(pool.submit(make, step) for step in range(first, min(first + ahead, last)))
         for step in range(first, last):
             if step + ahead < last:
-                waiting.append(thread.submit(make, step + ahead))
-            yield waiting.pop(0).result()
+                waiting.append(pool.submit(make, step + ahead))
+            yield waiting.popleft().result()

@@ -1,5 +1,6 @@
 """Decoded images kept as a memory map: made once with all cores, by one of several processes, then only opened."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -7,12 +8,11 @@ import math
 import os
 import shutil
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from ddpm_jax.data.loader import Dataset
+from ddpm_jax.data.loader import Dataset, prefetch
 from ddpm_jax.errors import DataError, first_line
 from ddpm_jax.files import locked, write_atomic
 from ddpm_jax.log import progress
@@ -108,10 +108,17 @@ def _write_map(base, name, state, items, attempt, shape):
     about.unlink(missing_ok=True)  # it no longer tells the truth, also when decoding fails
     part, bad, kept = base.with_suffix(".part"), [], []
     try:
-        with part.open("wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+        cores, few = os.cpu_count(), 8  # images at once, so that a thread gets on for a while
+        groups = prefetch(
+            lambda i: [attempt(item) for item in items[few * i : few * (i + 1)]],
+            0,
+            -(-len(items) // few),
+            ahead=2 * cores,  # so that memory stays flat
+            threads=cores,
+        )
+        with part.open("wb") as file, contextlib.closing(groups):
             _write_header(file, (len(items), *shape))
-            few = (items[i : i + 256] for i in range(0, len(items), 256))  # so that memory stays flat
-            done = (result for some in few for result in pool.map(attempt, some))
+            done = (result for group in groups for result in group)
             for i, (image, label, reason) in enumerate(progress(done, len(items), "decoding")):
                 if reason:
                     bad.append((i, reason))
