@@ -7,6 +7,7 @@ import io
 import json
 import re
 import struct
+import subprocess
 import sys
 import tarfile
 import threading
@@ -314,6 +315,9 @@ FLOWER = archives("oxford_flowers102")
         pytest.param("mnist", cut("mnist", 300), f"cannot read .*{IMAGES}.*damaged or a part"),
         pytest.param("mnist", cut("mnist", 300, mnist()), f"{IMAGES} is no idx file of 20 x 28 x 28 .*or a part"),
         pytest.param("mnist", mnist() | {IMAGES: mnist()[IMAGES] + b"0"}, f"{IMAGES} is no idx file of 20 x 28 x 28"),
+        pytest.param(
+            "mnist", mnist() | {IMAGES: b"\0\0\t\3" + mnist()[IMAGES][4:]}, f"{IMAGES} is no idx", id="signed"
+        ),
         pytest.param("mnist", mnist() | {IMAGES: b""}, f"{IMAGES} is no idx file"),
         pytest.param("mnist", flipped("mnist"), f"cannot read .*{IMAGES}.*damaged"),
         pytest.param(
@@ -529,6 +533,17 @@ def test_a_set_kept_as_tfrecord_is_named_as_such(read, tmp_path):
         DataError, match=r"mnist.* as tfrecord, which only TensorFlow reads; give another data.data_dir"
     ):
         load("tfds:mnist", data_dir=str(tmp_path / "tfds"))
+
+
+@pytest.mark.faults
+def test_a_full_disk_leaves_no_set_and_with_room_it_is_prepared(mount, tmp_path):
+    disk, files = mount("size=30k"), str(put(tmp_path / "files", mnist()))
+    options = {"data_dir": str(disk), "cache_dir": str(tmp_path / "cache"), "files": files}
+    with pytest.raises(DataError, match=r"cannot prepare .*mnist.*No space left.*give another data.data_dir"):
+        load("tfds:mnist", **options)
+    assert not tfds.builder("mnist", data_dir=disk).is_prepared()
+    subprocess.run(["mount", "-o", "remount,size=1m", disk], check=True)
+    assert len(load("tfds:mnist", **options).images) == 20
 
 
 def test_where_nothing_can_be_written(tmp_path):

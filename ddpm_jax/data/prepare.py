@@ -4,7 +4,9 @@ A set is written by TFDS's own builder, only the examples come from here, with t
 by row, as one prepared with TensorFlow.
 """
 
+import contextlib
 import hashlib
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -30,20 +32,26 @@ def prepare(builder, files=""):
 
     Raises DataError when they cannot be had, or are damaged, cut off or others.
     """
-    import tensorflow_datasets as tfds
-
     folder = Path(os.path.expanduser(files)) if files else _download(builder)
     read, counts = SETS[builder.name]
-    note(f"preparing {builder.info.full_name} in {builder.data_dir}")
     examples = read(folder, builder, counts)
     if not all(_is_original(folder / info.filename, info) for info in builder.url_infos.values()):
         note(
             f"{folder} has not the original archives byte for byte; not their checksums but their contents were checked"
         )
     builder._split_generators = lambda manager: examples
+    write(builder)
+
+
+def write(builder):
+    """Let a TFDS builder write what it generates, as array_record; it appears under its name when it is whole."""
+    import tensorflow_datasets as tfds
+
+    note(f"preparing {builder.info.full_name} in {builder.data_dir}")
     tfds.disable_progress_bar()
     settings = tfds.download.DownloadConfig(try_download_gcs=False)
-    builder.download_and_prepare(download_config=settings, file_format="array_record")
+    with contextlib.redirect_stdout(io.StringIO()):  # where TFDS speaks of downloads of unknown size
+        builder.download_and_prepare(download_config=settings, file_format="array_record")
 
 
 def _download(builder):

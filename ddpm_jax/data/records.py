@@ -2,10 +2,9 @@
 
 from ddpm_jax.data.intake import fit_array
 from ddpm_jax.data.maps import decode
-from ddpm_jax.data.prepare import SETS, prepare
+from ddpm_jax.data.prepare import SETS, prepare, write
 from ddpm_jax.errors import DataError, first_line
 from ddpm_jax.files import locked
-from ddpm_jax.log import note
 
 
 def from_tfds(name, image_size, channels, split="train", data_dir="", cache_dir="~/.cache/ddpm_jax", files="", **_):
@@ -23,8 +22,9 @@ def from_tfds(name, image_size, channels, split="train", data_dir="", cache_dir=
     if builder.name in SETS:
         try:
             builder = _prepared(make, lambda builder: prepare(builder, files))
-        except OSError as error:
-            raise DataError(f"cannot prepare TFDS data set {name}: {error}; give another data.data_dir") from error
+        except (OSError, RuntimeError) as error:  # the latter from the writer of array_record
+            reason = first_line(error)
+            raise DataError(f"cannot prepare TFDS data set {name}: {reason}; give another data.data_dir") from error
     if not builder.is_prepared():
         raise DataError(
             f"TFDS data set {name} is not prepared in {builder.data_dir_root}, and only {', '.join(SETS)} are prepared "
@@ -39,24 +39,17 @@ def _with_tensorflow(name, data_dir):
 
 def from_digits(_, image_size, channels, split="train", data_dir="", cache_dir="~/.cache/ddpm_jax", **__):
     """scikit-learn's 1,797 handwritten digits; the first use prepares them as a TFDS data set, without a network."""
-    import tensorflow_datasets as tfds
-
     from ddpm_jax.data.digits import Digits
-
-    def write(builder):
-        note(f"preparing the digits in {builder.data_dir}")
-        tfds.disable_progress_bar()
-        builder.download_and_prepare()
 
     try:
         builder = _prepared(lambda: Digits(data_dir=data_dir or None, file_format="array_record"), write)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"cannot use the prepared digits: {first_line(error)}; give another data.data_dir") from error
     return _from_builder(builder, image_size, channels, split, cache_dir)
 
 
-def _prepared(make, write):
-    """The builder `make()`, after `write(builder)` if it was not prepared, which one process does at a time."""
+def _prepared(make, prepare):
+    """The builder `make()`, after `prepare(builder)` if it was not prepared, which one process does at a time."""
     builder = make()
     if builder.is_prepared():
         return builder
@@ -64,7 +57,7 @@ def _prepared(make, write):
     with locked(builder.data_dir_root / f"{builder.name}.lock"):
         builder = make()
         if not builder.is_prepared():  # nor by another process meanwhile
-            write(builder)
+            prepare(builder)
     return make()
 
 
