@@ -17,6 +17,8 @@ from ddpm_jax.errors import DataError, first_line
 from ddpm_jax.files import locked, write_atomic
 from ddpm_jax.log import progress
 
+GROUP = 8  # items that a thread decodes at once, so that it gets on for a while
+
 
 def digest(text):
     return hashlib.sha256(text.encode("utf8", "backslashreplace")).hexdigest()  # names need not be UTF-8
@@ -108,11 +110,11 @@ def _write_map(base, name, state, items, attempt, shape):
     about.unlink(missing_ok=True)  # it no longer tells the truth, also when decoding fails
     part, bad, kept = base.with_suffix(".part"), [], []
     try:
-        cores, few = os.cpu_count(), 8  # images at once, so that a thread gets on for a while
+        cores = os.cpu_count()
         groups = prefetch(
-            lambda i: [attempt(item) for item in items[few * i : few * (i + 1)]],
+            lambda i: [attempt(item) for item in items[GROUP * i : GROUP * (i + 1)]],
             0,
-            -(-len(items) // few),
+            -(-len(items) // GROUP),
             ahead=2 * cores,  # so that memory stays flat
             threads=cores,
         )

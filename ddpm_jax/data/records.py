@@ -1,7 +1,10 @@
 """TFDS data sets in its format array_record, which is read and written without TensorFlow."""
 
+import functools
+import os
+
 from ddpm_jax.data.intake import fit_array
-from ddpm_jax.data.maps import decode
+from ddpm_jax.data.maps import GROUP, decode
 from ddpm_jax.data.prepare import SETS, prepare, write
 from ddpm_jax.errors import DataError, first_line
 from ddpm_jax.files import locked
@@ -85,8 +88,12 @@ def _from_builder(builder, image_size, channels, split, cache_dir):
             f"{builder.info.full_name} has images of several sizes; --config.data.image_size=64 makes them one"
         )
 
+    @functools.lru_cache(os.cpu_count())
+    def group(i):  # several times faster than one by one
+        return rows.__getitems__(range(i * GROUP, min(len(rows), (i + 1) * GROUP)))
+
     def get(i):
-        row = rows[int(i)]
+        row = group(i // GROUP)[i % GROUP]
         return fit_array(row["image"], image_size, channels), int(row["label"]) if labelled else -1
 
     return decode(
