@@ -1,5 +1,7 @@
 """Does a data set larger than memory train as fast as a small one? python -m benchmarks.maps --gb=20
 
+With --pictures=100000: how long does a folder of so many small PNGs take, the first time and the second?
+
 Writes a memory map of random images, then reads batches from it as training does, in random order and two ahead, and
 the same from an array in memory; in turns, each after the file was put out of the system's cache. What a table of the
 map is worth depends on how much of the file fits into memory: see docs/data.md for how to leave it little.
@@ -21,6 +23,7 @@ FEW = 50_000  # images of the array in memory
 @dataclasses.dataclass(frozen=True)
 class Args(options.Arguments):
     gb: float = options.option(1.0, "size of the map in gigabytes", options.above(0))
+    pictures: int = options.option(0, "decode a folder of so many pictures instead", options.at_least(0))
     image_size: int = options.option(64, "side of the images, which have 3 channels", options.at_least(1))
     batch_size: int = options.option(128, "images a batch", options.at_least(1))
     seconds: float = options.option(10.0, "how long each turn reads", options.above(0))
@@ -31,6 +34,10 @@ class Args(options.Arguments):
 
 def main():
     args = options.parse(Args, sys.argv[1:], "-m benchmarks.maps", __doc__)
+
+    if args.pictures:
+        decode(args)
+        return 0
 
     import numpy as np
 
@@ -72,6 +79,28 @@ def write(path, count, shape):
             file.write(random.bytes(min(block, count - first) * int(np.prod(shape))))
         file.flush()
         os.fsync(file.fileno())
+
+
+def decode(args):
+    """Print how long a folder of smooth random pictures takes to load, decoded and then mapped."""
+    import numpy as np
+    from PIL import Image
+
+    from ddpm_jax import data
+
+    random, size = np.random.default_rng(0), (args.image_size, args.image_size)
+    with tempfile.TemporaryDirectory(dir=args.folder or None) as folder:
+        for i in range(args.pictures):
+            path = Path(folder) / "pictures" / f"{10 * i // args.pictures}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rough = Image.fromarray(random.integers(0, 256, (8, 8, 3), np.uint8))
+            rough.resize(size, Image.Resampling.BICUBIC).save(path, compress_level=1)
+        for what in ("decoded", "found unchanged"):
+            clock = time.perf_counter()
+            data.load(f"folder:{path.parents[1]}", image_size=size, cache_dir=Path(folder) / "cache")
+            took = time.perf_counter() - clock
+            print(f"{args.pictures:,} pictures of {args.image_size}x{args.image_size} {what} in {took:.1f} s")
+        print(f"{anonymous() / 1e6:,.0f} MB of anonymous memory")
 
 
 def drop(path):

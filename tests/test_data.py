@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from ddpm_jax.data import Dataset, batch, fingerprint, load, prefetch
+from ddpm_jax.data import Dataset, batch, fingerprint, load, loader, prefetch
 from ddpm_jax.errors import DataError
 
 ROOT = Path(__file__).parents[1]
@@ -144,12 +144,32 @@ def test_the_fingerprint_of_20_gigabytes_is_cheap(tmp_path):
     assert time.perf_counter() - clock < 5
 
 
+@pytest.mark.parametrize("side", [1, 37, 64])  # of which many share a page, some cross one, or take three
+def test_batches_of_a_large_map_are_those_of_an_array(tmp_path, monkeypatch, side):
+    images = np.random.default_rng(0).integers(0, 256, (50, side, side, 3), np.uint8)
+    np.save(tmp_path / "a.npy", images)
+    mapped = np.load(tmp_path / "a.npy", mmap_mode="r")
+    monkeypatch.setattr(loader, "LARGE", 0)
+    for source in (mapped, mapped[::-1], mapped[..., :1], np.asfortranarray(images)):
+        for step in range(7):
+            one = batch(Dataset(source, None), 0, step, 16)
+            np.testing.assert_array_equal(one["image"], np.array(source)[one["index"]])
+
+
 # --- prefetch
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 10), (5, 6), (5, 7), (4, 4)])
 def test_prefetch_keeps_the_order(first, last):
     assert list(prefetch(lambda step: step * step, first, last)) == [step * step for step in range(first, last)]
+
+
+def test_prefetch_with_several_threads_keeps_the_order():
+    def slow_when_even(step):
+        time.sleep(0.002 * (step % 2 == 0))
+        return step
+
+    assert list(prefetch(slow_when_even, 0, 30, ahead=8, threads=4)) == list(range(30))
 
 
 def test_prefetch_prepares_two_ahead_and_no_more():

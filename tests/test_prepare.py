@@ -243,7 +243,14 @@ def test_the_same_files_in_other_wrapping_are_the_same_set(read, capsys, name, f
     rows = read(name, files)
     images = draw("train", (32, 32, 3) if name == "cifar10" else (28, 28, 1), 10)[0]
     assert sorted(row["image"].tobytes() for row in rows) == sorted(image.tobytes() for image in images)
-    assert capsys.readouterr().out.count("not their checksums but their contents were checked") == 1
+    assert capsys.readouterr().out.count("their contents were checked, not their checksums") == 1
+
+
+def test_files_of_a_set_that_is_prepared_are_not_read(read, capsys):
+    rows = read("mnist", mnist())
+    assert "is not read" not in capsys.readouterr().out
+    assert len(read("mnist", dict.fromkeys(mnist(), b"others"))) == len(rows)
+    assert re.search(r"mnist/3.0.1 is prepared already, in .*; .*files is not read", capsys.readouterr().out)
 
 
 def test_original_archives_need_no_note(read, capsys, monkeypatch):

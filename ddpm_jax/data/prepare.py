@@ -36,10 +36,8 @@ def prepare(builder, files=""):
     read, counts = SETS[builder.name]
     examples = read(folder, builder, counts)
     if not all(_is_original(folder / info.filename, info) for info in builder.url_infos.values()):
-        note(
-            f"{folder} has not the original archives byte for byte; not their checksums but their contents were checked"
-        )
-    builder._split_generators = lambda manager: examples
+        note(f"{folder} has not the original archives byte for byte; their contents were checked, not their checksums")
+    builder._split_generators = lambda manager: examples  # all else is TFDS's own
     write(builder)
 
 
@@ -62,16 +60,13 @@ def _download(builder):
             try:
                 _fetch(url, folder / info.filename, info)
             except (OSError, DataError) as error:  # requests' errors are OSErrors
-                reason = getattr(error.args[0], "reason", None) or error  # without how often it was tried
+                reason = getattr((*error.args, None)[0], "reason", error)  # without how often it was tried
+                names = ", ".join(info.filename for info in builder.url_infos.values())
                 raise DataError(
-                    f"cannot download {url}: {first_line(reason)}; or put {_names(builder)} into a folder DIR and run "
+                    f"cannot download {url}: {first_line(reason)}; or put {names} into a folder DIR and run "
                     f"python -m ddpm_jax.data tfds:{builder.name} --files=DIR"
                 ) from error
     return folder
-
-
-def _names(builder):
-    return ", ".join(info.filename for info in builder.url_infos.values())
 
 
 def _fetch(url, path, info):

@@ -8,6 +8,7 @@ from ddpm_jax.data.maps import GROUP, decode
 from ddpm_jax.data.prepare import SETS, prepare, write
 from ddpm_jax.errors import DataError, first_line
 from ddpm_jax.files import locked
+from ddpm_jax.log import note
 
 
 def from_tfds(name, image_size, channels, split="train", data_dir="", cache_dir="~/.cache/ddpm_jax", files="", **_):
@@ -22,6 +23,8 @@ def from_tfds(name, image_size, channels, split="train", data_dir="", cache_dir=
     except (tfds.core.registered.DatasetNotFoundError, ValueError, AssertionError) as error:
         reason = first_line(error)
         raise DataError(f"TFDS cannot open data set {name} (data.source=tfds:{name}): {reason}") from error
+    if files and builder.is_prepared():
+        note(f"{builder.info.full_name} is prepared already, in {builder.data_dir}; {files} is not read")
     if builder.name in SETS:
         try:
             builder = _prepared(make, lambda builder: prepare(builder, files))
