@@ -71,7 +71,7 @@ def _download(builder):
 
 def _fetch(url, path, info):
     """Download a file whose size and checksum are known; what is not whole has another name and is deleted."""
-    import requests
+    import requests  # which TFDS brings
 
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
