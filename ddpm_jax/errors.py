@@ -55,6 +55,11 @@ class LostProcess(UserError):
     exit_code = PREEMPTED
 
 
+def first_line(error):
+    """What an exception says, in one line."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 @contextlib.contextmanager
 def writing(where):
     """A file or folder inside that cannot be written is a ConfigError that names the option `where`."""

@@ -154,6 +154,22 @@ def start(environment):
         process.communicate()
 
 
+@pytest.fixture
+def mount(tmp_path):
+    """mount(option, ...) -> an empty folder that is a disk of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def run(options):
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], capture_output=True, check=False)
+        if done.returncode:
+            pytest.skip(f"no disk can be mounted here: {done.stderr.decode().strip()}")
+        return folder
+
+    yield run
+    subprocess.run(["umount", folder], capture_output=True, check=False)
+
+
 def assert_same_end(workdir, other):
     """The same bits in the state, and each step's metrics once."""
     assert fingerprint(workdir) == fingerprint(other)

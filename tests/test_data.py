@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from ddpm_jax.data import Dataset, batch, fingerprint, load, prefetch
+from ddpm_jax.data import Dataset, batch, fingerprint, load, loader, prefetch
 from ddpm_jax.errors import DataError
 
 ROOT = Path(__file__).parents[1]
@@ -144,12 +144,32 @@ def test_the_fingerprint_of_20_gigabytes_is_cheap(tmp_path):
     assert time.perf_counter() - clock < 5
 
 
+@pytest.mark.parametrize("side", [1, 37, 64])  # of which many share a page, some cross one, or take three
+def test_batches_of_a_large_map_are_those_of_an_array(tmp_path, monkeypatch, side):
+    images = np.random.default_rng(0).integers(0, 256, (50, side, side, 3), np.uint8)
+    np.save(tmp_path / "a.npy", images)
+    mapped = np.load(tmp_path / "a.npy", mmap_mode="r")
+    monkeypatch.setattr(loader, "LARGE", 0)
+    for source in (mapped, mapped[::-1], mapped[..., :1], np.asfortranarray(images)):
+        for step in range(7):
+            one = batch(Dataset(source, None), 0, step, 16)
+            np.testing.assert_array_equal(one["image"], np.array(source)[one["index"]])
+
+
 # --- prefetch
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 10), (5, 6), (5, 7), (4, 4)])
 def test_prefetch_keeps_the_order(first, last):
     assert list(prefetch(lambda step: step * step, first, last)) == [step * step for step in range(first, last)]
+
+
+def test_prefetch_with_several_threads_keeps_the_order():
+    def slow_when_even(step):
+        time.sleep(0.002 * (step % 2 == 0))
+        return step
+
+    assert list(prefetch(slow_when_even, 0, 30, ahead=8, threads=4)) == list(range(30))
 
 
 def test_prefetch_prepares_two_ahead_and_no_more():
@@ -230,7 +250,7 @@ def test_several_processes_prepare_the_digits_once(tmp_path):
     processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     said = [process.communicate()[0] for process in processes]
     assert len({text.splitlines()[-1] for text in said}) == 1
-    assert sum("preparing the digits" in text for text in said) == 1
+    assert sum("preparing digits/" in text for text in said) == 1
 
 
 def test_digits_where_nothing_can_be_written(tmp_path):
@@ -251,7 +271,7 @@ def test_digits_by_split_size_and_channels(prepared):
     ("source", "options", "fragment"),
     [
         ("tfds:no_such_set", {}, "no_such_set"),
-        ("tfds:cifar10", {}, "cifar10.*not prepared"),
+        ("tfds:celeb_a", {}, "celeb_a is not prepared.*tfds build celeb_a .*or take its pictures as folder:"),
         ("tfds:cifar10/none", {}, "cifar10/none"),
         ("tfds:digits:9.9.9", {}, "9.9.9"),
         ("tfds:", {}, "tfds:"),
@@ -270,7 +290,7 @@ def test_sets_that_are_not_there(prepared, source, options, fragment):
 def test_a_prepared_set_without_its_records(prepared, tmp_path, damage):
     shutil.copytree(prepared["data_dir"], tmp_path / "tfds")
     damage(next((tmp_path / "tfds").rglob("*.array_record-*")))
-    with pytest.raises(DataError, match="not prepared"):
+    with pytest.raises(DataError, match=r"digits.*or is damaged.*delete that folder"):
         load("tfds:digits", data_dir=tmp_path / "tfds", cache_dir=tmp_path / "cache")
 
 

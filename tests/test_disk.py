@@ -1,28 +1,11 @@
 """Disks that are full, limited or cannot be written: nothing is lost, and with room the run goes on."""
 
 import re
-import subprocess
 
 import pytest
 from conftest import SMALL, assert_one_line, assert_same_end, fingerprint
 
 from ddpm_jax import checkpoint
-
-
-@pytest.fixture
-def mount(tmp_path):
-    """mount(option, ...) -> an empty folder that is a disk of its own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def run(options):
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], capture_output=True, check=False)
-        if done.returncode:
-            pytest.skip(f"no disk can be mounted here: {done.stderr.decode().strip()}")
-        return folder
-
-    yield run
-    subprocess.run(["umount", folder], capture_output=True, check=False)
 
 
 @pytest.mark.faults

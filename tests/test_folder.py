@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax.data import batch, load, sources
+from ddpm_jax.data import batch, load, maps, sources
 from ddpm_jax.errors import DataError
 
 ROOT = Path(__file__).parents[1]
@@ -87,6 +87,45 @@ def test_a_changed_folder_is_decoded_anew(album):
     assert levels(load_album()) == [2, 4, 3]
     (folder / "b.png").unlink()
     assert levels(load_album()) == [4, 3]
+
+
+def test_subfolders_are_labels_in_byte_order(album, capsys):
+    """However deep a picture lies; upper case sorts first, as bytes do, and bytes that are no UTF-8 last."""
+    folder, load_album = album
+    for i, name in enumerate(["zebra/b.png", "Zoo/c.png", "ant/deep/er/d.png", "ant/a.png", "\udcff/e.png"]):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        paint(folder / name, i)
+    dataset = load_album()
+    assert dict(zip(levels(dataset), dataset.labels.tolist(), strict=True)) == {0: 2, 1: 0, 2: 1, 3: 1, 4: 3}
+    assert "4 subfolders, 'Zoo', 'ant', 'zebra', '\\udcff'" in capsys.readouterr().out
+    paint(folder / "top.png", 9)
+    assert load_album().labels is None
+    assert "subfolders" not in capsys.readouterr().out
+
+
+def test_labels_follow_a_renamed_subfolder(album):
+    """Also when the pictures stay in the same order, and as pictures that cannot be read leave theirs out."""
+    folder, load_album = album
+    for name, level in (("a/1.png", 1), ("b/2.png", 2), ("c/3.png", 3)):
+        (folder / name).parent.mkdir()
+        paint(folder / name, level)
+    assert load_album().labels.tolist() == [0, 1, 2]
+    (folder / "a").rename(folder / "d")
+    dataset = load_album()
+    assert dict(zip(levels(dataset), dataset.labels.tolist(), strict=True)) == {2: 0, 3: 1, 1: 2}
+    (folder / "b" / "2.png").write_bytes(b"<html>")
+    with pytest.warns(UserWarning, match="1 of 3"):
+        assert load_album(max_unreadable=0.5).labels.tolist() == [1, 2]
+
+
+def test_a_map_from_before_there_were_labels_is_made_anew(album, monkeypatch):
+    folder, load_album = album
+    (folder / "a").mkdir()
+    paint(folder / "a" / "1.png", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "_classes", lambda names: [])
+        assert load_album().labels is None
+    assert load_album().labels.tolist() == [0]
 
 
 def test_fault_46_unreadable_pictures_are_named_and_the_rest_kept(album):
@@ -414,7 +453,7 @@ def test_decoding_can_be_interrupted(album, counted, monkeypatch):
             yield item
 
     with monkeypatch.context() as patch:
-        patch.setattr(sources, "progress", interrupted)
+        patch.setattr(maps, "progress", interrupted)
         with pytest.raises(KeyboardInterrupt):
             load_album()
     assert len(counted) < 500

@@ -50,7 +50,8 @@ def read(path, image_size, channels):
             raise ValueError(f"{width}x{height} is more than {MAX_PIXELS:,} pixels")
         if max(width, height) > MAX_ASPECT * min(width, height):
             raise ValueError(f"{width}x{height} is too long for its width")
-        return fit(ImageOps.exif_transpose(picture), image_size, channels)
+        ImageOps.exif_transpose(picture, in_place=True)
+        return fit(picture, image_size, channels)
 
 
 def fit(picture, image_size, channels):
@@ -68,6 +69,14 @@ def fit(picture, image_size, channels):
         picture = picture.resize((wanted_width, wanted_height), _filter(scale), box)
     array = np.asarray(picture, np.uint8)
     return array[..., None] if array.ndim == 2 else array
+
+
+def fit_array(image, image_size, channels):
+    """uint8 (H, W, C) of the wanted size, as `fit` makes it."""
+    height, width, bands = image.shape
+    if (height, width, bands) == (*(image_size or (height, width)), channels or bands):
+        return image
+    return fit(Image.fromarray(image[..., 0] if bands == 1 else image), image_size, channels)
 
 
 def _filter(scale):
@@ -90,4 +99,5 @@ def _to_8_bits(picture):
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
         return Image.alpha_composite(white, picture).convert("RGB")
-    return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
+    mode = "L" if picture.mode in ("1", "L") else "RGB"
+    return picture if picture.mode == mode else picture.convert(mode)

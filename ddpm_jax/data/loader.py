@@ -1,5 +1,6 @@
 """Batches without state: what step n trains on follows from the seed and n alone, so there is nothing to save."""
 
+import collections
 import contextlib
 import functools
 import mmap
@@ -11,6 +12,8 @@ import numpy as np
 
 from ddpm_jax.errors import DataError
 
+LARGE = 2**30  # bytes; what is less is soon in memory as a whole, where a memory map is as fast as it can be
+
 
 class Dataset(NamedTuple):
     images: np.ndarray  # uint8 (N, H, W, C), in memory or mapped from a file
@@ -21,23 +24,44 @@ def fingerprint(dataset):
     """A short text that tells data sets apart: shape and CRC-32 of the labels and up to 1,000 evenly spaced images."""
     images, labels = dataset
     crc = 0 if labels is None else zlib.crc32(labels.astype("<i8"))
-    with _read_here_and_there(images):
-        for image in images[:: -(-len(images) // 1000)]:
-            crc = zlib.crc32(np.ascontiguousarray(image), crc)
+    index = np.arange(0, len(images), -(-len(images) // 1000))
+    with _reading(images, index):
+        for row in index:
+            crc = zlib.crc32(np.ascontiguousarray(images[row]), crc)
     return f"{'x'.join(map(str, images.shape))}-{crc:08x}"
 
 
+def statistics(images):
+    """(mean, standard deviation) of each channel of uint8 (N, H, W, C), over all pixels, 255 being 1; float64 (C,)."""
+    counts = np.zeros((images.shape[-1], 256))
+    for first in range(0, len(images), 1000):  # so that memory stays flat
+        some = images[first : first + 1000]
+        counts += [np.bincount(some[..., channel].ravel(), minlength=256) for channel in range(images.shape[-1])]
+    levels, shares = np.arange(256) / 255, counts / counts.sum(1, keepdims=True)
+    mean = shares @ levels
+    return mean, np.sqrt(((levels - mean[:, None]) ** 2 * shares).sum(1))
+
+
 @contextlib.contextmanager
-def _read_here_and_there(images):
-    """Where `images` are mapped from a file, let the system not read on after each: it may be megabytes every time."""
-    while isinstance(images, np.ndarray):
-        images = images.base
-    mapped = isinstance(images, mmap.mmap)
+def _reading(images, index):
+    """Where `images` are mapped from a file: read the rows `index` at once, and no others.
+
+    Left alone, the system reads them one after the other, and on after each: it may be megabytes every time.
+    """
+    base = images
+    while isinstance(base, np.ndarray):
+        base = base.base
+    mapped = isinstance(base, mmap.mmap) and images.flags.c_contiguous
     if mapped:
-        images.madvise(mmap.MADV_RANDOM)
+        base.madvise(mmap.MADV_RANDOM)
+        first, size = images.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data, images.strides[0]
+        for row in index.tolist():
+            start = first + row * size
+            page = start - start % mmap.PAGESIZE
+            base.madvise(mmap.MADV_WILLNEED, page, start + size - page)
     yield
     if mapped:
-        images.madvise(mmap.MADV_NORMAL)
+        base.madvise(mmap.MADV_NORMAL)
 
 
 @functools.lru_cache(maxsize=2)
@@ -59,16 +83,17 @@ def batch(dataset, seed, step, batch_size, rows=slice(None), again=0):
     index = _permutation(n, seed, epoch, again)[position * batch_size : (position + 1) * batch_size][rows]
     in_order = np.argsort(index)  # read a memory map front to back
     image = np.empty((len(index), *dataset.images.shape[1:]), np.uint8)
-    image[in_order] = dataset.images[index[in_order]]
+    with _reading(dataset.images, index[in_order]) if dataset.images.nbytes > LARGE else contextlib.nullcontext():
+        image[in_order] = dataset.images[index[in_order]]
     label = {} if dataset.labels is None else {"label": dataset.labels[index].astype(np.int32)}
     return {"index": index.astype(np.int32), "image": image, **label}
 
 
-def prefetch(make, first, last, ahead=2):
-    """make(first), ..., make(last - 1), up to `ahead` of them prepared in a thread while the caller is busy."""
-    with ThreadPoolExecutor(1) as thread:
-        waiting = [thread.submit(make, step) for step in range(first, min(first + ahead, last))]
+def prefetch(make, first, last, ahead=2, threads=1):
+    """make(first), ..., make(last - 1), up to `ahead` of them prepared in threads while the caller is busy."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = collections.deque(pool.submit(make, step) for step in range(first, min(first + ahead, last)))
         for step in range(first, last):
             if step + ahead < last:
-                waiting.append(thread.submit(make, step + ahead))
-            yield waiting.pop(0).result()
+                waiting.append(pool.submit(make, step + ahead))
+            yield waiting.popleft().result()

@@ -1,0 +1,61 @@
+"""Prepare, describe and show a data source: python -m ddpm_jax.data tfds:fashion_mnist --out=grid.png"""
+
+import dataclasses
+import logging
+import sys
+
+from ddpm_jax import errors, options
+
+
+@dataclasses.dataclass(frozen=True)
+class Args(options.Arguments):
+    source: str = options.option("", "digits, tfds:NAME, folder:DIR or npz:FILE; also as the first word")
+    split: str = options.option("train", "split of a tfds source, in the spelling of TFDS")
+    image_size: tuple[int, ...] = options.option(
+        (), "height,width in pixels; one number for a square", options.each(options.at_least(1))
+    )
+    channels: int = options.option(0, "1 gray, 3 RGB, 0 for the data's own", options.one_of(0, 1, 3))
+    files: str = options.option("", "folder with the archives of a tfds source; empty to download them")
+    max_unreadable: float = options.option(0.1, "share of a folder's files that may be unreadable", options.at_least(0))
+    data_dir: str = options.option("", "folder of prepared TFDS data sets; empty for TFDS's own default")
+    cache_dir: str = options.option("~/.cache/ddpm_jax", "folder of decoded images")
+    num: int = options.option(64, "images in the grid, evenly spaced in the data", options.at_least(1))
+    out: str = options.option("", "PNG to write a grid of images to")
+    debug: bool = options.option(False, "show tracebacks")
+
+
+def main():
+    """Print what the data are, one fact a line."""
+    argv = [f"--source={word}" if i == 0 and word[:1] != "-" else word for i, word in enumerate(sys.argv[1:])]
+    args = options.parse(Args, argv, "-m ddpm_jax.data SOURCE", __doc__)
+    if not args.source:
+        raise errors.ConfigError("name a source, for example python -m ddpm_jax.data folder:my_pictures")
+    if args.files and not args.source.startswith("tfds:"):
+        raise errors.ConfigError(f"--files={args.files} goes with a source tfds:NAME, not with {args.source}")
+
+    import numpy as np
+
+    from ddpm_jax import data
+
+    logging.getLogger("absl").setLevel(logging.ERROR)  # TFDS warns of what is as it should be
+    named = {name: value for name, value in vars(args).items() if name not in ("num", "out", "debug")}
+    dataset = data.load(**named)
+    count, height, width, channels = dataset.images.shape
+    mean, std = data.statistics(dataset.images)
+    print(f"{count:,} images of {height}x{width}x{channels}")
+    print("mean", *(f"{value:.5f}" for value in mean), "std", *(f"{value:.5f}" for value in std), "(0 black, 1 white)")
+    if dataset.labels is not None:
+        each = np.bincount(dataset.labels)
+        print(f"{len(each)} classes, from 0 on with", *(f"{n:,}" for n in each), "images")
+    print("fingerprint", data.fingerprint(dataset))
+    if args.out:
+        from ddpm_jax import images
+
+        picked = np.linspace(0, count - 1, min(count, args.num)).astype(int)
+        with errors.writing(f"--out={args.out}"):
+            images.save_png(args.out, images.grid(dataset.images[picked]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run(main))

@@ -1,0 +1,200 @@
+"""TFDS's own image sets prepared without TensorFlow, which they need for nothing but to unpack their archives.
+
+A set is written by TFDS's own builder, only the examples come from here, with the same keys: so it is the same set, row
+by row, as one prepared with TensorFlow.
+"""
+
+import contextlib
+import hashlib
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ddpm_jax.data.archives import find, read_idx, read_members
+from ddpm_jax.errors import DataError, first_line
+from ddpm_jax.log import note, progress
+
+TIMEOUT = 30  # seconds without a byte after which a download has failed
+
+
+class Set(NamedTuple):
+    read: Callable  # (folder of the archives, builder, counts) -> {split: iterable of (key, example)}, all checked
+    counts: dict  # images in each split
+
+
+def prepare(builder, files=""):
+    """Write the set of a TFDS builder from its archives: downloaded, or those that lie in the folder `files`.
+
+    Raises DataError when they cannot be had, or are damaged, cut off or others.
+    """
+    folder = Path(os.path.expanduser(files)) if files else _download(builder)
+    read, counts = SETS[builder.name]
+    examples = read(folder, builder, counts)
+    if not all(_is_original(folder / info.filename, info) for info in builder.url_infos.values()):
+        note(f"{folder} has not the original archives byte for byte; their contents were checked, not their checksums")
+    builder._split_generators = lambda manager: examples  # all else is TFDS's own
+    write(builder)
+
+
+def write(builder):
+    """Let a TFDS builder write what it generates, as array_record; it appears under its name when it is whole."""
+    import tensorflow_datasets as tfds
+
+    note(f"preparing {builder.info.full_name} in {builder.data_dir}")
+    tfds.disable_progress_bar()
+    settings = tfds.download.DownloadConfig(try_download_gcs=False)
+    with contextlib.redirect_stdout(io.StringIO()):  # where TFDS speaks of downloads of unknown size
+        builder.download_and_prepare(download_config=settings, file_format="array_record")
+
+
+def _download(builder):
+    """The folder with the archives of a set, downloaded unless they lie there whole."""
+    folder = Path(builder.data_dir_root) / "downloads" / builder.name
+    for url, info in builder.url_infos.items():
+        if not _is_original(folder / info.filename, info):
+            try:
+                _fetch(url, folder / info.filename, info)
+            except (OSError, DataError) as error:  # requests' errors are OSErrors
+                reason = getattr((*error.args, None)[0], "reason", error)  # without how often it was tried
+                names = ", ".join(info.filename for info in builder.url_infos.values())
+                raise DataError(
+                    f"cannot download {url}: {first_line(reason)}; or put {names} into a folder DIR and run "
+                    f"python -m ddpm_jax.data tfds:{builder.name} --files=DIR"
+                ) from error
+    return folder
+
+
+def _fetch(url, path, info):
+    """Download a file whose size and checksum are known; what is not whole has another name and is deleted."""
+    import requests  # which TFDS brings
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    note(f"downloading {url} ({info.size / 1e6:,.1f} MB) to {path.parent}")
+    try:
+        with requests.get(url, stream=True, timeout=TIMEOUT) as reply, open(part, "wb") as file:
+            reply.raise_for_status()
+            for block in progress(reply.iter_content(2**20), -(-info.size // 2**20), "downloading"):
+                file.write(block)
+        if not _is_original(part, info):
+            size = part.stat().st_size
+            raise DataError(f"{size:,} bytes of {info.size:,} came" if size != info.size else "its checksum is another")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _is_original(path, info):
+    if not path.is_file() or path.stat().st_size != info.size:
+        return False
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == info.checksum
+
+
+def _mnist(folder, builder, counts):
+    """Two idx files for each split, images and labels."""
+
+    def part(split, kind, shape):
+        name = f"{'t10k' if split == 'test' else split}-{kind}-ubyte"
+        return read_idx(find(folder, name + ".gz", name), shape)
+
+    return {
+        split: _rows(builder, part(split, "images-idx3", (n, 28, 28)), {"label": part(split, "labels-idx1", (n,))})
+        for split, n in counts.items()
+    }
+
+
+def _cifar(folder, builder, counts):
+    """A tar of records: one byte for each kind of label, then 32x32 of red, of green and of blue."""
+    told, features = builder._cifar_info, builder.info.features
+    keys, parts = told.label_keys, {"train": told.train_files, "test": told.test_files}
+    names = [*told.label_files, *told.train_files, *told.test_files]
+    files = read_members(folder, os.path.basename(told.url), told.prefix, names)
+    for key, name in zip(keys, told.label_files, strict=True):
+        classes = [line for line in files[name].decode("utf8", "replace").split("\n") if line]
+        if len(classes) != features[key].num_classes:
+            raise DataError(f"{name} in {folder} names {len(classes)} classes, not {features[key].num_classes}")
+        features[key].names = classes
+    examples = {}
+    for split, n in counts.items():
+        data = b"".join(files[name] for name in parts[split])
+        if len(data) != n * (len(keys) + 3072):
+            raise DataError(
+                f"{', '.join(parts[split])} in {folder} have {len(data):,} bytes, not those of {n:,} images"
+            )
+        records = np.frombuffer(data, np.uint8).reshape(n, -1)
+        images = records[:, len(keys) :].reshape(n, 3, 32, 32).transpose(0, 2, 3, 1)
+        rows = _rows(builder, images, dict(zip(keys, records.T, strict=False)))
+        examples[split] = _with_id(rows, split)
+    return examples
+
+
+def _with_id(rows, split):
+    return ((i, row | {"id": f"{split}_{i:05d}"}) for i, row in rows)
+
+
+def _rows(builder, images, labels):
+    """(key, example) of uint8 images and {feature: labels}; the keys count from 0."""
+    for name, values in labels.items():
+        classes = builder.info.features[name].num_classes
+        if values.max() >= classes:
+            raise DataError(f"a {name} of {builder.name} is {values.max()}, but there are {classes} classes from 0 on")
+
+    def row(i):
+        return {"image": Image.fromarray(images[i])} | {name: int(values[i]) for name, values in labels.items()}
+
+    return ((i, row(i)) for i in range(len(images)))
+
+
+def _flowers(folder, builder, counts):
+    """A tar of JPEGs, numbered from 1; a .mat file with the label of each, from 1, and one with the splits' numbers."""
+    labels = _mat(folder, "imagelabels.mat", "labels")
+    split_of = {"train": "trnid", "test": "tstid", "validation": "valid"}
+    numbers = {split: _mat(folder, "setid.mat", split_of[split]) for split in counts}
+    classes = builder.info.features["label"].num_classes
+    found = {split: len(of_split) for split, of_split in numbers.items()}
+    if found != counts or not 1 <= labels.min() <= labels.max() <= classes:
+        raise DataError(f"the .mat files in {folder} are not those of {builder.name}: splits of {found}, not {counts}")
+    names = {number: f"image_{number:05d}.jpg" for of_split in numbers.values() for number in of_split.tolist()}
+    if not 1 <= min(names) <= max(names) <= len(labels):
+        raise DataError(f"setid.mat in {folder} has numbers from {min(names)} to {max(names)} for {len(labels)} labels")
+    pictures = read_members(folder, "102flowers.tgz", "jpg/", names.values())
+    for name, picture in pictures.items():
+        if not picture.startswith(b"\xff\xd8"):
+            raise DataError(f"{name} in {folder} is no JPEG")
+
+    def row(number):
+        name = names[number]
+        return name, {"image": pictures[name], "label": int(labels[number - 1]) - 1, "file_name": name}
+
+    return {split: map(row, of_split.tolist()) for split, of_split in numbers.items()}
+
+
+def _mat(folder, file, name):
+    """A row of whole numbers in a .mat file, as int64."""
+    from scipy.io import loadmat  # which scikit-learn brings
+
+    path = find(folder, file)
+    try:
+        return loadmat(path, variable_names=[name])[name].astype(np.int64, casting="same_kind").ravel()
+    except Exception as error:  # whatever a damaged file makes SciPy raise
+        raise DataError(f"cannot read {name} in {path}: {first_line(error)}") from error
+
+
+IDX = Set(_mnist, {"train": 60_000, "test": 10_000})
+CIFAR = Set(_cifar, {"train": 50_000, "test": 10_000})
+FLOWERS = Set(_flowers, {"train": 1020, "test": 6149, "validation": 1020})
+
+SETS = {
+    "mnist": IDX,
+    "fashion_mnist": IDX,
+    "kmnist": IDX,
+    "cifar10": CIFAR,
+    "cifar100": CIFAR,
+    "oxford_flowers102": FLOWERS,
+}
