@@ -50,7 +50,7 @@ def main():
     arguments, names, work = COMMANDS[command]
     first = list(itertools.takewhile(lambda word: word[:1] != "-", words))[: len(names)]
     argv = [f"--{name}={word}" for name, word in zip(names, first, strict=False)] + words[len(first) :]
-    args = options.parse(arguments, argv, f"-m ddpm_jax.interop {command}", __doc__)
+    args = options.parse(arguments, argv, f"-m ddpm_jax.interop {command}", work.__doc__)
     if not args.path or not args.workdir:
         raise errors.ConfigError(
             f"{'--workdir' if args.path else '--path'} is missing; see python -m ddpm_jax.interop {command} --help"
@@ -59,7 +59,7 @@ def main():
 
 
 def import_run(args, path):
-    """Make the run."""
+    """Make a run of a DDPM in diffusers' layout, or of a FILE.safetensors with the config inside."""
     import jax
 
     from ddpm_jax import checkpoint, config, experiment, log
@@ -100,7 +100,7 @@ def write_run(parts, params, workdir):
 
 
 def export_run(args, path):
-    """Write a run's parameters."""
+    """Write a run in diffusers' layout, or as a FILE.safetensors with the config inside."""
     from ddpm_jax import checkpoint, experiment, log
     from ddpm_jax.interop import released
 
