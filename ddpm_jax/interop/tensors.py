@@ -78,22 +78,24 @@ def diffusers(levels):
         return array.T[..., None, None] if "/shortcut/kernel" in ours else array.T
 
     def here(array, ndim):
-        if array.ndim == 4 and ndim == 2:
-            array = array[..., 0, 0]
-        return array.transpose(2, 3, 1, 0) if ndim == 4 else array.T
+        if ndim == 4:
+            return array.transpose(2, 3, 1, 0)
+        return array[..., 0, 0].T if array.ndim == 4 else array.T
 
     return Spelling(name, there, here)
 
 
 def newer(tensors):
-    """The tensors with the attention's older names replaced by those of today."""
+    """The tensors with the attention named as today, and its 1x1 convolutions, if it has such, as matrices."""
 
-    def name(old):
-        words = [_OLDER.get(word, word) for word in old.split(".")] if ".attentions." in old else [old]
-        new = ".".join(words)
-        return old if new in tensors else new
+    def replaced(old, tensor):
+        if ".attentions." not in old:
+            return old, tensor
+        new = ".".join(_OLDER.get(word, word) for word in old.split("."))
+        tensor = tensor[..., 0, 0] if tensor.shape[2:] == (1, 1) else tensor
+        return old if new in tensors else new, tensor
 
-    return {name(old): tensor for old, tensor in tensors.items()}
+    return dict(replaced(*item) for item in tensors.items())
 
 
 def fit(tensors, template, spelling, where):
@@ -112,7 +114,7 @@ def fit(tensors, template, spelling, where):
             ours, tensor = names[name], tensors[name]
             blank = np.broadcast_to(np.float32(0), leaves[ours].shape)  # of which only the shape is asked
             shape = spelling.there(ours, blank).shape
-            if tensor.shape not in (shape, (*shape, 1, 1)):
+            if tensor.shape != shape:
                 faults.append(f"{name} is {list(tensor.shape)} there, {list(shape)} in the network")
             found[ours] = spelling.here(tensor, blank.ndim)
     if faults:
