@@ -69,6 +69,14 @@ class Model(Section):
     )
     dtype: str = option("float32", "type of the convolutions' arithmetic", one_of("float32", "bfloat16"))
     remat: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    # What other codebases do differently (docs/interop.md); the defaults are the paper's.
+    norm_eps: float = option(1e-6, "epsilon of the group norms", above(0), finite)
+    head_channels: int = option(0, "channels of an attention head; 0 for num_heads heads at every width", at_least(0))
+    symmetric_halving: bool = option(False, "pad the halving convolutions on all sides, not only below and right")
+    cos_first: bool = option(False, "the time embedding is cos before sin")
+    frequency_shift: int = option(
+        1, "the time embedding's frequencies are 10000^(-i / (channels / 2 - this)), i from 0", one_of(0, 1)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,10 +221,15 @@ def differences(old, new):
 
 
 def load(path):
-    """The Config that the file's `get_config()` returns. The file is code: run only your own."""
+    """The Config that the file's `get_config()` returns, or that a run's config.json holds.
+
+    A Python file is code: run only your own.
+    """
     if not Path(path).is_file():
         known = ", ".join(sorted(map(str, Path("configs").glob("*.py"))))
         raise ConfigError(f"no config file {path}" + (f"; there are {known}" if known else ""))
+    if Path(path).suffix == ".json":
+        return from_json(Path(path).read_text(errors="replace"), path)
     try:
         config = runpy.run_path(str(path))["get_config"]()
     except ConfigError as error:

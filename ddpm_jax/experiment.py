@@ -168,7 +168,10 @@ def image_net(experiment):
 
 
 def make_training(experiment):
-    """(init_state, train_step): init_state() -> TrainState; train_step is still to be mapped over devices."""
+    """(init_state, train_step): init_state(params=None) -> TrainState, of random parameters unless they are given.
+
+    train_step is still to be mapped over devices.
+    """
     config, names, schedule = experiment.config, experiment.config.diffusion, experiment.schedule
     optimizer = training.make_optimizer(learning_rate(experiment), config.train.grad_clip)
     parameterization = diffusion.ERRORS[names.error](experiment.parameterization)
@@ -191,8 +194,9 @@ def make_training(experiment):
     )
     root = keys.root(config.train.seed, "init")
 
-    def init_state():
-        return training.init_state(experiment.init(root), optimizer, time_sampling, config.train.averages)
+    def init_state(params=None):
+        params = experiment.init(root) if params is None else params
+        return training.init_state(params, optimizer, time_sampling, config.train.averages)
 
     return jax.jit(init_state), step
 

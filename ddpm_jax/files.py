@@ -28,7 +28,10 @@ _held = []  # open files, whose locks end with them
 
 
 def lock(folder):
-    """Keep other processes from writing to `folder` for as long as this one lives; ConfigError if one does already."""
+    """Keep other processes from writing to `folder` until this one ends, or closes the file that is returned.
+
+    Raises ConfigError if one does already.
+    """
     file = open(Path(folder) / "lock", "a+")  # noqa: SIM115 (held until the process ends)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -39,6 +42,7 @@ def lock(folder):
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     _held.append(file)
+    return file
 
 
 @contextlib.contextmanager

@@ -18,19 +18,29 @@ from ddpm_jax.options import nearest
 
 
 def check(workdir, config, allowed=()):
-    """Refuse a folder that holds another experiment; fields in config.MAY_CHANGE and those `allowed` may differ."""
+    """Refuse a folder that holds another experiment; fields in config.MAY_CHANGE and those `allowed` may differ.
+
+    Where all there is is step 0, parameters that were imported, nothing has been trained on any data yet: those of the
+    sections data and train may differ too.
+    """
     known = {name for name, _, _, _ in configs.leaves(configs.Config, config)}
     for name in allowed:
         if name not in known:
             meant = "".join(f"; did you mean {near}?" for near in nearest(name, known))
             raise ConfigError(f"--allow-change={name} is no field of the config{meant}")
     file = workdir / "config.json"
-    if not checkpoint.steps(workdir / "checkpoints"):
+    steps = checkpoint.steps(workdir / "checkpoints")
+    if not steps:
         return  # nothing has been trained there yet
+    open_sections = () if any(steps) else ("data.", "train.")
     if not file.exists():
         raise ConfigError(f"{workdir} has checkpoints but no config.json; take another --workdir")
     changed = configs.differences(configs.from_json(file.read_text(errors="replace"), str(file)), config)
-    changed = [(name, f"{name} is {a!r} there, {b!r} here") for name, a, b in changed if name not in configs.MAY_CHANGE]
+    changed = [
+        (name, f"{name} is {a!r} there, {b!r} here")
+        for name, a, b in changed
+        if name not in configs.MAY_CHANGE and not name.startswith(open_sections)
+    ]
     refused = {name: text for name, text in changed if name not in allowed}
     if refused:
         raise ConfigError(
@@ -52,10 +62,10 @@ def check_same(config, **others):
 
 
 def claim(workdir):
-    """Make the folder and keep other runs out of it for as long as this process lives."""
+    """Make the folder and keep other runs out of it: see files.lock."""
     with writing(f"--workdir={workdir}"):
         (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
-        lock(workdir)
+        return lock(workdir)
 
 
 def check_seen(workdir):
@@ -108,7 +118,8 @@ def resume(parts, template, data, workdir, step=None, allowed=()):
     """(TrainState, meta, lines) of the newest whole checkpoint, or of `step`: lines say what has changed since.
 
     When the newest already comes from `step`, it is the newest, so that the same command can be given again.
-    data: the fingerprint of the data, which must be the checkpoint's unless a field of data is `allowed` to change.
+    data: the fingerprint of the data, which must be the checkpoint's unless a field of data is `allowed` to change, or
+    the checkpoint has none, being an imported one.
     Later steps are set aside.
     """
     folder = workdir / "checkpoints"
@@ -123,7 +134,7 @@ def resume(parts, template, data, workdir, step=None, allowed=()):
             "--workdir must be the same folder for all"
         )
     lines = [f"resuming at step {state.step:,} from {folder}"]
-    if meta["data"] != data:
+    if meta["data"] not in (None, data):
         changed = f"the run had {meta['data']}, the data now are {data}"
         if not any(name.startswith("data.") for name in allowed):
             raise ConfigError(

@@ -3,7 +3,8 @@
 Nothing outside this file knows Linen: `make_unet` hands out two pure functions. Choices of the paper's code that its
 text leaves open: group norm with 32 groups and eps 1e-6; attention after every block of a level, also on the way up,
 and between the two middle blocks; the last convolution of each block, of the attention and of the network start at
-zero; a strided convolution pads (0, 1), which is what SAME means for an even side.
+zero; a strided convolution pads (0, 1), which is what SAME means for an even side. The last five fields of UNet are
+what the released networks of others do differently.
 """
 
 import math
@@ -18,37 +19,39 @@ from ddpm_jax.errors import ConfigError
 fan_avg = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 
 
-def time_embedding(t, channels, scale=1.0):
+def time_embedding(t, channels, scale=1.0, shift=1, cos_first=False):
     """sin and cos of (scale t - 1) at `channels` / 2 frequencies from 1 to 1/10000: (channels,).
 
     The paper's code counts its steps from 0, so t - 1 is what its network was fed; the -1 is here and nowhere else.
-    `scale` brings the times of other schedules to about 1..1000.
+    `scale` brings the times of other schedules to about 1..1000. Nichol & Dhariwal 2021 have the cosines first, and
+    with a `shift` of 0 end one frequency short of 1/10000.
     """
     half = channels // 2
-    frequencies = jnp.exp(-math.log(10000) * jnp.arange(half) / (half - 1))
+    frequencies = jnp.exp(-math.log(10000) * jnp.arange(half) / (half - shift))
     angles = (scale * jnp.asarray(t, jnp.float32) - 1) * frequencies
-    return jnp.pad(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)]), (0, channels % 2))
+    waves = [jnp.cos(angles), jnp.sin(angles)] if cos_first else [jnp.sin(angles), jnp.cos(angles)]
+    return jnp.pad(jnp.concatenate(waves), (0, channels % 2))
 
 
-def convolution(features, size, dtype, stride=1, zero=False, name=None):
+def convolution(features, size, dtype, stride=1, zero=False, name=None, padding="SAME"):
     """A convolution (H, W, C) -> (H / stride, W / stride, features); every one of the network is made here."""
     init = nn.initializers.zeros if zero else fan_avg
-    return nn.Conv(features, (size, size), stride, padding="SAME", dtype=dtype, kernel_init=init, name=name)
+    return nn.Conv(features, (size, size), stride, padding=padding, dtype=dtype, kernel_init=init, name=name)
 
 
 def dense(features, dtype, zero=False, name=None):
     return nn.Dense(features, dtype=dtype, kernel_init=nn.initializers.zeros if zero else fan_avg, name=name)
 
 
-def group_norm(groups, channels, name=None, block="the U-Net"):
+def group_norm(groups, channels, name=None, block="the U-Net", epsilon=1e-6):
     """Group norm in float32. On one image all three axes are named, else Linen takes the first for the batch."""
-    groups = _largest_divisor(channels) if groups == "auto" else groups
+    groups = largest_divisor(channels) if groups == "auto" else groups
     if channels % groups:
         raise ConfigError(
             f"model.groups={groups} does not divide the {channels} channels of {block}; "
             f"take model.channels that are a multiple of {groups}, or model.groups=auto"
         )
-    return nn.GroupNorm(groups, epsilon=1e-6, reduction_axes=(-3, -2, -1), use_fast_variance=False, name=name)
+    return nn.GroupNorm(groups, epsilon=epsilon, reduction_axes=(-3, -2, -1), use_fast_variance=False, name=name)
 
 
 class ResBlock(nn.Module):
@@ -57,13 +60,14 @@ class ResBlock(nn.Module):
     dropout: float
     scale_shift: bool
     dtype: jnp.dtype
+    epsilon: float = 1e-6
 
     @nn.compact
     def __call__(self, x, embedding):
-        h = nn.swish(group_norm(self.groups, x.shape[-1], "norm_1", self.name)(x))
+        h = nn.swish(group_norm(self.groups, x.shape[-1], "norm_1", self.name, self.epsilon)(x))
         h = convolution(self.features, 3, self.dtype, name="conv_1")(h)
         embedding = dense(self.features * (1 + self.scale_shift), self.dtype, name="time")(nn.swish(embedding))
-        norm = group_norm(self.groups, self.features, "norm_2", self.name)
+        norm = group_norm(self.groups, self.features, "norm_2", self.name, self.epsilon)
         if self.scale_shift:
             scale, shift = jnp.split(embedding, 2)
             h = norm(h) * (1 + scale) + shift
@@ -77,24 +81,28 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the pixels, (H, W, C) -> (H, W, C), the softmax in float32."""
+    """Self-attention over the pixels, (H, W, C) -> (H, W, C), the softmax in float32.
+
+    With `head_channels` the heads have that size, whatever their number.
+    """
 
     num_heads: int
     groups: int | str
     dtype: jnp.dtype
+    epsilon: float = 1e-6
+    head_channels: int = 0
 
     @nn.compact
     def __call__(self, x):
         height, width, channels = x.shape
-        if channels % self.num_heads:
-            raise ConfigError(
-                f"model.num_heads={self.num_heads} does not divide the {channels} channels of {self.name}"
-            )
-        h = group_norm(self.groups, channels, "norm", self.name)(x)
-        q, k, v = (
-            dense(channels, self.dtype, name=name)(h).reshape(height * width, self.num_heads, -1) for name in "qkv"
-        )
-        weights = jnp.einsum("ihc,jhc->hij", q, k).astype(jnp.float32) / math.sqrt(channels // self.num_heads)
+        option = "head_channels" if self.head_channels else "num_heads"
+        number = getattr(self, option)
+        if channels % number:
+            raise ConfigError(f"model.{option}={number} does not divide the {channels} channels of {self.name}")
+        heads = channels // number if self.head_channels else number
+        h = group_norm(self.groups, channels, "norm", self.name, self.epsilon)(x)
+        q, k, v = (dense(channels, self.dtype, name=name)(h).reshape(height * width, heads, -1) for name in "qkv")
+        weights = jnp.einsum("ihc,jhc->hij", q, k).astype(jnp.float32) / math.sqrt(channels // heads)
         weights = jax.nn.softmax(weights).astype(v.dtype)
         h = jnp.einsum("hij,jhc->ihc", weights, v).reshape(x.shape)
         return x + dense(channels, self.dtype, zero=True, name="out")(h)
@@ -114,23 +122,28 @@ class UNet(nn.Module):
     dtype: jnp.dtype
     remat: bool
     time_scale: float
+    norm_eps: float = 1e-6
+    head_channels: int = 0
+    symmetric_halving: bool = False
+    cos_first: bool = False
+    frequency_shift: int = 1
 
     @nn.compact
     def __call__(self, x, t, label):
         make_block = nn.remat(ResBlock) if self.remat else ResBlock
 
         def block(h, features, name):
-            return make_block(features, self.groups, self.dropout, self.scale_shift, self.dtype, name=name)(
-                h, embedding
-            )
+            return make_block(
+                features, self.groups, self.dropout, self.scale_shift, self.dtype, self.norm_eps, name=name
+            )(h, embedding)
 
         def attend(h, name, always=False):
             if always or min(h.shape[:2]) in self.attention_resolutions:
-                h = Attention(self.num_heads, self.groups, self.dtype, name=name)(h)
+                h = Attention(self.num_heads, self.groups, self.dtype, self.norm_eps, self.head_channels, name=name)(h)
             return h
 
         embedding = dense(4 * self.channels, self.dtype, name="time_1")(
-            time_embedding(t, self.channels, self.time_scale)
+            time_embedding(t, self.channels, self.time_scale, self.frequency_shift, self.cos_first)
         )
         embedding = dense(4 * self.channels, self.dtype, name="time_2")(nn.swish(embedding))
         if self.num_classes:  # the entry after the last class: no label; trained only if labels are dropped
@@ -145,7 +158,8 @@ class UNet(nn.Module):
                 h = attend(block(h, width, f"down_{level}_block_{i}"), f"down_{level}_attention_{i}")
                 skips.append(h)
             if level < len(widths) - 1:
-                h = convolution(width, 3, self.dtype, stride=2, name=f"down_{level}_halve")(h)
+                padding = 1 if self.symmetric_halving else "SAME"
+                h = convolution(width, 3, self.dtype, stride=2, name=f"down_{level}_halve", padding=padding)(h)
                 skips.append(h)
 
         h = block(h, widths[-1], "middle_block_0")
@@ -160,7 +174,7 @@ class UNet(nn.Module):
                 h = h.repeat(2, 0).repeat(2, 1)
                 h = convolution(width, 3, self.dtype, name=f"up_{level}_double")(h)
 
-        h = nn.swish(group_norm(self.groups, h.shape[-1], "norm_out")(h))
+        h = nn.swish(group_norm(self.groups, h.shape[-1], "norm_out", epsilon=self.norm_eps)(h))
         return convolution(self.out_channels, 3, jnp.float32, zero=True, name="conv_out")(h)
 
 
@@ -189,7 +203,8 @@ def make_unet(shape, learned_variance=False, self_conditioning=False, time_scale
     return init, net
 
 
-def _largest_divisor(channels, limit=32):
+def largest_divisor(channels, limit=32):
+    """How many groups model.groups=auto makes of `channels`."""
     return max(g for g in range(1, limit + 1) if channels % g == 0)
 
 

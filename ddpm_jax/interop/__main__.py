@@ -1,0 +1,121 @@
+"""Released weights, in and out.
+
+    python -m ddpm_jax.interop import DIR --workdir=RUN
+    python -m ddpm_jax.interop export RUN DIR
+
+The first makes a run of a DDPM in diffusers' layout, which sample.py, evaluate.py and train.py take; the second writes
+such a folder. A FILE.safetensors in the place of DIR is our own: parameters, and the config inside.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import shutil
+import sys
+from pathlib import Path
+
+from ddpm_jax import errors, options
+
+RUN = ("config.json", "checkpoints", "averages", "samples", "metrics.jsonl", "run.json")  # what training writes
+
+
+@dataclasses.dataclass(frozen=True)
+class Import(options.Arguments):
+    path: str = options.option("", "folder in diffusers' layout, or FILE.safetensors; the first word")
+    workdir: str = options.option("", "folder of the run to make")
+    source: str = options.option("", "data to evaluate and train on, as config.data.source has them")
+    overwrite: bool = options.option(False, "replace the run that is in the folder")
+    debug: bool = options.option(False, "show tracebacks")
+
+
+@dataclasses.dataclass(frozen=True)
+class Export(options.Arguments):
+    workdir: str = options.option("", "folder of the run, or of one step of it; the first word")
+    path: str = options.option("", "folder or FILE.safetensors to write; the second word")
+    weights: str = options.option(
+        "ema", "averaged or plain parameters, or the length (sigma_rel) of a post-hoc average", options.which_weights
+    )
+    step: int = options.option(0, "of the checkpoint; 0 for the newest", options.at_least(0))
+    overwrite: bool = options.option(False, "write over files that are there")
+    debug: bool = options.option(False, "show tracebacks")
+
+
+def main():
+    command, words = " ".join(sys.argv[1:2]), sys.argv[2:]
+    if command in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    if command not in COMMANDS:
+        raise errors.ConfigError(f"{command!r} is neither import nor export; see python -m ddpm_jax.interop --help")
+    arguments, names, work = COMMANDS[command]
+    first = list(itertools.takewhile(lambda word: word[:1] != "-", words))[: len(names)]
+    argv = [f"--{name}={word}" for name, word in zip(names, first, strict=False)] + words[len(first) :]
+    args = options.parse(arguments, argv, f"-m ddpm_jax.interop {command}", work.__doc__)
+    if not args.path or not args.workdir:
+        raise errors.ConfigError(
+            f"{'--workdir' if args.path else '--path'} is missing; see python -m ddpm_jax.interop {command} --help"
+        )
+    return work(args, Path(args.path).expanduser())
+
+
+def import_run(args, path):
+    """Make a run of a DDPM in diffusers' layout, or of a FILE.safetensors with the config inside."""
+    import jax
+
+    from ddpm_jax import checkpoint, config, experiment, log
+    from ddpm_jax.interop import released, tensors
+
+    checkpoint.quiet()
+    workdir = Path(args.workdir).expanduser()
+    if not args.overwrite and ((workdir / RUN[0]).exists() or checkpoint.steps(workdir / "checkpoints")):
+        raise errors.ConfigError(f"{workdir} already holds a run; take another --workdir, or say --overwrite")
+    found = released.read(path)
+    changes = {"data.source": args.source} if args.source else {}
+    parts = experiment.make(config.replace(found.config, changes), found.shape)
+    template = jax.eval_shape(parts.init, jax.random.key(0))
+    write_run(parts, tensors.fit(found.arrays, template, found.spelling, path), workdir)
+    for note in found.notes:
+        log.note(note)
+    log.note(f"{path} is now step 0 of {workdir}: {experiment.parameter_count(parts):,} parameters")
+    log.note(f"python sample.py --workdir={workdir}{found.sampling}")
+    source = "" if parts.config.data.source != "folder:" else " --config.data.source=folder:DIR"
+    log.note(f"python train.py --config={workdir}/config.json --workdir={workdir}{source}")
+    return 0
+
+
+def write_run(parts, params, workdir):
+    """A run whose one checkpoint, of step 0, has `params`, them also as their average, and a fresh optimiser."""
+    from ddpm_jax import checkpoint, experiment, parallel, runs
+
+    with contextlib.closing(runs.claim(workdir)):
+        for path in (workdir / name for name in RUN):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        state = experiment.make_training(parts)[0](params)
+        meta = {"config": dataclasses.asdict(parts.config), "shape": parts.shape, "data": None}
+        meta |= {"devices": parallel.describe(), "window": [], "rollbacks": 0, "branch": None}
+        with checkpoint.open_manager(workdir / "checkpoints") as manager:
+            checkpoint.save(manager, state, **meta)
+            checkpoint.finish(manager)
+        runs.record(workdir, parts.config)  # last: a config without a checkpoint would train from the beginning
+
+
+def export_run(args, path):
+    """Write a run in diffusers' layout, or as a FILE.safetensors with the config inside."""
+    from ddpm_jax import checkpoint, experiment, log
+    from ddpm_jax.interop import released
+
+    checkpoint.quiet()
+    workdir, step = experiment.find(args.workdir, args.step)
+    there = [name for name in released.names(path) if name.exists()]
+    if there and not args.overwrite:
+        raise errors.ConfigError(f"{there[0]} already exists; take another --path, or say --overwrite")
+    parts, params, step = experiment.restore(workdir, args.weights, step)
+    released.write(path, parts, params, step=str(step), weights=args.weights)
+    log.note(f"wrote step {step:,} of {workdir}, {args.weights} weights, to {path}")
+    return 0
+
+
+COMMANDS = {"import": (Import, ("path",), import_run), "export": (Export, ("workdir", "path"), export_run)}
+
+if __name__ == "__main__":
+    sys.exit(errors.run(main))

@@ -1,0 +1,131 @@
+"""What is written and read: a folder in diffusers' layout, or one safetensors file with the config inside."""
+
+import json
+from typing import NamedTuple
+
+from ddpm_jax import config as configs
+from ddpm_jax import trees
+from ddpm_jax.config import Config
+from ddpm_jax.errors import CheckpointError, ConfigError, writing
+from ddpm_jax.files import write_atomic
+from ddpm_jax.interop import layout, tensors
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+PIPELINE = {
+    "_class_name": "DDPMPipeline",
+    "scheduler": ["diffusers", "DDPMScheduler"],
+    "unet": ["diffusers", "UNet2DModel"],
+}
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+class Released(NamedTuple):
+    config: Config
+    shape: tuple[int, int, int]  # of an image
+    arrays: dict  # name -> float32 array
+    spelling: tensors.Spelling  # of the arrays
+    notes: list[str]  # what the user is to know
+    sampling: str  # the options of sample.py that sample as its own pipeline does
+
+
+def is_file(path):
+    return path.suffix == ".safetensors"
+
+
+def names(path):
+    """The files that `write` makes for `path`."""
+    if is_file(path):
+        return [path]
+    return [
+        path / "unet" / WEIGHTS,
+        path / "unet" / "config.json",
+        path / "scheduler" / "scheduler_config.json",
+        path / "model_index.json",
+    ]
+
+
+def write(path, parts, params, **metadata):
+    """Write an Experiment's parameters; `metadata`, a dict of text, goes into a single file."""
+    if is_file(path):
+        arrays = tensors.spelled(params, tensors.OURS)
+        metadata |= {"config": configs.to_json(parts.config), "shape": json.dumps(parts.shape)}
+        tensors.write(path, arrays, metadata | {"crc32": str(trees.digest(arrays))})
+        return
+    unet, scheduler = layout.to_diffusers(parts)
+    weights, *files = names(path)
+    spelling = tensors.diffusers(len(parts.config.model.multipliers))
+    tensors.write(weights, tensors.spelled(params, spelling), {"format": "pt"})
+    for file, content in zip(files, (unet, scheduler, PIPELINE), strict=True):
+        with writing(file):
+            write_atomic(file, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def read(path):
+    """The Released at `path`. Raises ConfigError and CheckpointError for what cannot be taken, by name."""
+    if path.suffix in PICKLES:
+        raise _pickle(path)
+    if not path.exists():
+        raise CheckpointError(f"there is no {path}")
+    return _read_file(path) if is_file(path) else _read_folder(path)
+
+
+def _read_file(path):
+    arrays, metadata, notes = tensors.read(path)
+    try:
+        config, shape = configs.from_json(metadata["config"], path), tuple(json.loads(metadata["shape"]))
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"{path} has no ddpm_jax config inside; of diffusers' layout give the folder") from error
+    if metadata.get("crc32") != str(trees.digest(arrays)):
+        raise CheckpointError(f"{path} is damaged: the checksum of its tensors differs")
+    return Released(config, shape, arrays, tensors.OURS, notes, "")
+
+
+def _read_folder(path):
+    index = path / "model_index.json"
+    kind = _json(index).get("_class_name") if index.exists() else PIPELINE["_class_name"]
+    if kind != PIPELINE["_class_name"]:
+        raise ConfigError(f"{index} tells of a {kind}; only a {PIPELINE['_class_name']} can be taken")
+    unet, scheduler = (path / part if (path / part).is_dir() else path for part in ("unet", "scheduler"))
+    scheduler = _json(scheduler / "scheduler_config.json")
+    try:
+        config, shape = layout.from_diffusers(_json(unet / "config.json"), scheduler)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (in {path})") from error
+    arrays, _, notes = tensors.read(_weights(unet))
+    spelling = tensors.diffusers(len(config.model.multipliers))
+    return Released(config, shape, tensors.newer(arrays), spelling, notes, layout.sampling(scheduler))
+
+
+def _weights(folder):
+    """The safetensors file of a folder; CheckpointError tells what there is in its place."""
+    if (folder / WEIGHTS).exists():
+        return folder / WEIGHTS
+    if (folder / f"{WEIGHTS}.index.json").exists():
+        raise CheckpointError(
+            f"the weights in {folder} are in several files; save them as one: "
+            f"UNet2DModel.from_pretrained({str(folder)!r}).save_pretrained(DIR, max_shard_size='99GB')"
+        )
+    for file in sorted(folder.glob("*")):
+        if file.suffix in PICKLES:
+            raise _pickle(file)
+    others = ", ".join(sorted(file.name for file in folder.glob("*.safetensors")))
+    raise CheckpointError(f"there is no {WEIGHTS} in {folder}" + (f"; there is {others}" if others else ""))
+
+
+def _pickle(file):
+    return CheckpointError(
+        f"{file} is a pickle, which can run code and is not read; convert it to safetensors where you trust it, with "
+        f"diffusers: UNet2DModel.from_pretrained({str(file.parent)!r}).save_pretrained(DIR, safe_serialization=True)"
+    )
+
+
+def _json(path):
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"there is no {path}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} does not hold a config")
+    return content
