@@ -101,7 +101,7 @@ def asked(args, kind):
 
 def on_run(args, workdir, step):
     """(work, report): all that can be checked is checked now; work(say) measures a run; the report says of what."""
-    from ddpm_jax import experiment
+    from ddpm_jax import experiment, parallel
     from ddpm_jax.reports import likelihood, samples
 
     parts, params, step = experiment.restore(workdir, args.weights, step)
@@ -115,7 +115,7 @@ def on_run(args, workdir, step):
         rows = load_rows(args, parts)
     if of_samples:
         steps = args.steps or config.diffusion.T
-        generate = experiment.make_generate(parts, args.sampler, steps, args.spacing)
+        generate = parallel.pmap_generate(experiment.make_generate(parts, args.sampler, steps, args.spacing))
         judge = make_judge(args, config.data, parts.shape)
         drawn = told | {"sampler": args.sampler, "steps": steps, "spacing": args.spacing}
 

@@ -2,3 +2,7 @@
 
 Each number is a dict {"value", "standard_error", "unit", "settings", ...} that rests on nothing but what is in it.
 """
+
+from ddpm_jax.reports import likelihood, samples
+
+__all__ = ["likelihood", "samples"]

@@ -11,12 +11,19 @@ from ddpm_jax import evaluation, experiment, features, keys, parallel
 from ddpm_jax.errors import ConfigError, writing
 from ddpm_jax.features import cache
 
+PARTS, LARGEST = 10, 1000  # of samples for KID: at least so many, each of at most so many images
+LEAST = 2 * PARTS  # images
+MOST = 10_000  # of the data in the KID of a run's log
+
 
 def draw(parts, params, generate, num, seed, batch_size=64, say=lambda text: None):
-    """uint8 (num, H, W, C) in a nameless file, by experiment.make_generate: the images of sample.py's same options."""
+    """uint8 (num, H, W, C) in a nameless file: the images that sample.py gives for the same options.
+
+    generate: what experiment.make_generate gives, pmapped; say(text) is called after each batch.
+    """
     indices, root = np.arange(num), keys.root(seed, "sample")
     labels, params = experiment.labels_in_turn(parts, indices), parallel.replicate(params)
-    generate, clock, done = parallel.pmap_generate(generate), time.monotonic(), 0
+    clock, done = time.monotonic(), 0
     with writing("the folder of temporary files (TMPDIR)"), tempfile.TemporaryFile() as file:
         for batch in parallel.generate_batches(generate, params, root, indices, labels, batch_size):
             file.write(batch[:, -1].tobytes())
@@ -48,8 +55,8 @@ def _number(value, unit, error=None, real=None, **rest):
 
 
 def kid(sets):
-    """KID x 1000 over parts of at most 1000 samples, at least ten of them."""
-    size = min(1000, len(sets.of_samples) // 10)
+    """KID x 1000 over parts of the samples."""
+    size = min(LARGEST, len(sets.of_samples) // PARTS)
     value, error, parts = evaluation.kid_in_parts(sets.of_samples, sets.of_data, size)
     ours, rest = sets.real()
     real = evaluation.kid_in_parts(ours, rest, size)
@@ -125,7 +132,6 @@ def tint(sets):
 
 REPORTS = {"kid": kid, "fid": fid, "pr": precision_recall, "copies": copies, "moments": tint}
 ON_FEATURES = ("kid", "fid", "pr")  # these need an extractor, copies uses one
-LEAST = 20  # images, so that there are ten parts of two
 
 
 def judge(samples, data, where, metrics, extractor, settings, folder, batch_size=64, say=lambda text: None):
@@ -155,3 +161,16 @@ def judge(samples, data, where, metrics, extractor, settings, folder, batch_size
         for name, number in REPORTS[metric](sets).items():
             found[name] = number | {"settings": settings}
     return found
+
+
+def quick_kid(samples, data, where, extractor, folder, say=lambda text: None):
+    """KID x 1000 and its standard error, {"kid_enl0_64": value, "kid_enl0_64_error": error}, for the log of a run.
+
+    Against at most `MOST` of the data, evenly spaced; the arguments are those of `judge`.
+    """
+    rows = np.linspace(0, len(data) - 1, min(len(data), MOST)).astype(int)
+    of_data, _ = cache.reference(extractor, data[rows], where, folder, feed=say)
+    of_samples = np.concatenate(list(features.extract(extractor, samples)))
+    value, error, _ = evaluation.kid_in_parts(of_samples, of_data, len(samples) // PARTS)
+    name = f"kid_{extractor.name}".lower().replace("-", "_")
+    return {name: float(1000 * value), f"{name}_error": float(1000 * error)}
