@@ -85,7 +85,7 @@ def main():
     report |= {"versions": checkpoint.versions(), "devices": parallel.describe()}
     log.note(f"{report.get('samples') or workdir}: {', '.join(args.metrics)}, {parallel.describe()}")
     with parallel.memory_for(f"try a --batch-size smaller than {args.batch_size}"):
-        metrics = work(log.note)
+        metrics = work(log.now_and_then(log.note))
     for name, number in metrics.items():
         log.note(in_words(name, number))
     with errors.writing(f"--out={out}"):
@@ -147,7 +147,7 @@ def on_samples(args):
     return lambda say: judge(images, told, say), told | {"num": len(images)}
 
 
-def load(args, config, shape):
+def load(args, config, shape, whose="the run was trained on"):
     """The Dataset of a config.Data, or of --split of it; ConfigError unless its images have that shape."""
     from ddpm_jax import data
 
@@ -155,8 +155,8 @@ def load(args, config, shape):
         raise errors.ConfigError(f"--split={args.split}, but data.source={config.source} has no splits")
     dataset = data.load(**vars(dataclasses.replace(config, split=args.split or config.split)))
     if dataset.images.shape[1:] != shape:
-        shapes = ("x".join(map(str, shape)) for shape in (dataset.images.shape[1:], shape))
-        raise errors.ConfigError("the data have images of {}, the run was trained on {}".format(*shapes))
+        there, here = ("x".join(map(str, shape)) for shape in (dataset.images.shape[1:], shape))
+        raise errors.ConfigError(f"the data have images of {there}, {whose} {here}")
     return dataset
 
 
@@ -186,7 +186,8 @@ def make_judge(args, config, shape):
         raise errors.ConfigError(f"--inception goes with --features=inception, not {args.features}")
     if args.reference:
         config = dataclasses.replace(config, source=args.reference, image_size=tuple(shape[:2]), channels=shape[2])
-    images = load(args, config, tuple(shape)).images
+    whose = "the samples have" if args.samples else "the run was trained on"
+    images = load(args, config, tuple(shape), whose).images
     if args.reference_num > len(images):
         raise errors.ConfigError(f"--reference-num={args.reference_num}, but the data have {len(images):,} images")
     if args.reference_num:

@@ -1,4 +1,4 @@
-"""From a Config to the parts of a run. Only this file, runs.py and the scripts see a Config."""
+"""From a Config to the parts of a run. Only this file, runs.py, reports and the scripts see a Config."""
 
 import json
 import os

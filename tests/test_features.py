@@ -100,6 +100,13 @@ def test_weights_that_cannot_be_used(tmp_path, monkeypatch):
     np.savez(tmp_path / "a.npz", a=np.zeros(3))
     with pytest.raises(CheckpointError, match=r"a.npz has no tensor Conv2d_1a_3x3.conv.weight"):
         features.load("inception", str(tmp_path / "a.npz"))
+    names = [name for block, own in inception.MIXED.items() for name in (f"Mixed_{block}.{layer}" for layer in own)]
+    parts = ["bn.weight", "bn.bias", "bn.running_mean", "bn.running_var"]
+    tensors = {f"{name}.{part}": np.ones(1) for name in inception.STEM + names for part in parts}
+    tensors |= {f"{name}.conv.weight": np.ones((1, 1, 3, 3)) for name in inception.STEM + names}
+    np.savez(tmp_path / "b.npz", **tensors)
+    with pytest.raises(CheckpointError, match=r"b.npz have other shapes than Inception's"):
+        features.load("inception", str(tmp_path / "b.npz"))
     monkeypatch.setattr(enl0, "find", lambda: tmp_path / "a.npz")
     with pytest.raises(CheckpointError, match="has the SHA-256"):
         features.load("enl0")

@@ -148,6 +148,7 @@ MISTAKES = {
     "reference num": (["--reference-num=61"], 2, "--reference-num=61, but the data have 60 images"),
     "samples": (["--samples=none.npz"], 3, "cannot read none.npz"),
     "samples of a run": (["--samples=DATA", "--metrics=nll,kid"], 2, "nll is measured on a run"),
+    "other shape": (["--samples=SMALL"], 2, "the data have images of 4x4x1, the samples have 2x2x1"),
     "no reference": (
         ["--samples=DATA", "--workdir=NOWHERE"],
         2,
@@ -159,9 +160,13 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_gets_one_line_and_its_exit_code(made, call, tmp_path, mistake):
     given, code, fragment = MISTAKES[mistake]
-    given = [
-        word.replace("DATA", str(made[0] / "data.npz")).replace("NOWHERE", str(tmp_path / "none")) for word in given
-    ]
+    np.savez(made[0] / "small.npz", images=np.zeros((40, 2, 2, 1), np.uint8))
+    for word, path in {
+        "DATA": made[0] / "data.npz",
+        "SMALL": made[0] / "small.npz",
+        "NOWHERE": tmp_path / "none",
+    }.items():
+        given = [option.replace(word, str(path)) for option in given]
     first = [f"--workdir={made[0]}", "--metrics=kid", "--features=pixels", "--num=40", "--steps=3"]
     found, _, err = call(evaluate, *first, f"--out={tmp_path / 'a.json'}", *given)
     assert (found, err[:7], err.count("\n")) == (code, "error: ", 1)

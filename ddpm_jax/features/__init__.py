@@ -5,6 +5,9 @@ import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+
 from ddpm_jax import images, parallel
 from ddpm_jax.errors import CheckpointError, ConfigError
 from ddpm_jax.features import enl0, inception, torchfile
@@ -38,6 +41,10 @@ def _load_inception(file):
     if not file:
         raise ConfigError("the features inception need --inception=FILE, such as pt_inception-2015-12-05-6726825d.pth")
     params, sha256 = inception.params(torchfile.read(file), file), _sha256(file)
+    try:
+        jax.eval_shape(inception.apply, params, np.zeros((1, 1, 3), np.uint8))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the tensors of {file} have other shapes than Inception's") from error
     return Extractor("inception", inception.apply, params, sha256, sha256 == inception.SHA256)
 
 

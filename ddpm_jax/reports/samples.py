@@ -13,7 +13,7 @@ from ddpm_jax.features import cache
 
 PARTS, LARGEST = 10, 1000  # of samples for KID: at least so many, each of at most so many images
 LEAST = 2 * PARTS  # images
-MOST = 10_000  # of the data in the KID of a run's log
+MOST = 10_000  # of the data, where a KID is to be quick
 
 
 def draw(parts, params, generate, num, seed, batch_size=64, say=lambda text: None):
@@ -42,11 +42,14 @@ class Sets(NamedTuple):
     of_samples: np.ndarray | None = None  # features (N, d)
     of_data: np.ndarray | None = None
 
-    def real(self):
-        """Features of as many random images of the data as there are samples, or of half of them; and of the rest."""
+    def real(self, most=None):
+        """Features of as many random images of the data as there are samples, or of half of them; and of the rest.
+
+        most: of the rest, where their number makes no difference.
+        """
         order = np.random.default_rng(0).permutation(len(self.of_data))
         num = min(len(self.of_samples), len(order) // 2)
-        return self.of_data[np.sort(order[:num])], self.of_data[np.sort(order[num:])]
+        return self.of_data[np.sort(order[:num])], self.of_data[np.sort(order[num:][:most])]
 
 
 def _number(value, unit, error=None, real=None, **rest):
@@ -58,7 +61,7 @@ def kid(sets):
     """KID x 1000 over parts of the samples."""
     size = min(LARGEST, len(sets.of_samples) // PARTS)
     value, error, parts = evaluation.kid_in_parts(sets.of_samples, sets.of_data, size)
-    ours, rest = sets.real()
+    ours, rest = sets.real(MOST)
     real = evaluation.kid_in_parts(ours, rest, size)
     real = {"value": 1000 * real[0], "standard_error": 1000 * real[1], "num": len(ours), "against": len(rest)}
     told = _number(1000 * value, "x 1000", 1000 * error, real, subsets=parts, subset_size=size)
@@ -155,7 +158,8 @@ def judge(samples, data, where, metrics, extractor, settings, folder, batch_size
             say(f"features of {sum(map(len, batches))}/{len(samples)} samples")
         of_samples = np.concatenate(batches)
     sets = Sets(samples, data, extractor, of_samples, of_data)
-    settings = settings | {"num": len(samples), "reference": made_of | {"num": len(data)}}
+    settings = settings | {"num": len(samples), "images": cache.digest(samples)}
+    settings |= {"reference": made_of | {"num": len(data)}}
     found = {}
     for metric in metrics:
         for name, number in REPORTS[metric](sets).items():
