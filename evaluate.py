@@ -79,11 +79,11 @@ def main():
     if out.exists() and not args.overwrite:
         raise errors.ConfigError(f"{out} already exists; take another --out, or say --overwrite")
     parallel.start(args.batch_size, platform=args.platform, distributed="off", cpu_devices=args.cpu_devices)
-    work, report = on_samples(args) if args.samples else on_run(args, workdir, step)
+    what, work, report = on_samples(args) if args.samples else on_run(args, workdir, step)
     with errors.writing(f"--out={out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
     report |= {"versions": checkpoint.versions(), "devices": parallel.describe()}
-    log.note(f"{report.get('samples') or workdir}: {', '.join(args.metrics)}, {parallel.describe()}")
+    log.note(f"{what}, {', '.join(args.metrics)}, {parallel.describe()}")
     with parallel.memory_for(f"try a --batch-size smaller than {args.batch_size}"):
         metrics = work(log.now_and_then(log.note))
     for name, number in metrics.items():
@@ -100,7 +100,10 @@ def asked(args, kind):
 
 
 def on_run(args, workdir, step):
-    """(work, report): all that can be checked is checked now; work(say) measures a run; the report says of what."""
+    """(what, work, report): what is measured in words, work(say) -> metrics, and what else is told of them.
+
+    All that can be checked is checked before the work.
+    """
     from ddpm_jax import experiment, parallel
     from ddpm_jax.reports import likelihood, samples
 
@@ -116,7 +119,7 @@ def on_run(args, workdir, step):
     if of_samples:
         steps = args.steps or config.diffusion.T
         generate = parallel.pmap_generate(experiment.make_generate(parts, args.sampler, steps, args.spacing))
-        judge = make_judge(args, config.data, parts.shape)
+        judge = make_judge(args, config.data, args.num, parts.shape)
         drawn = told | {"sampler": args.sampler, "steps": steps, "spacing": args.spacing}
 
     def work(say):
@@ -126,7 +129,8 @@ def on_run(args, workdir, step):
             found |= judge(images, drawn, say)
         return found
 
-    return work, told | {"config": dataclasses.asdict(config)}
+    what = f"step {step:,} of {workdir}, {args.weights} weights, {args.num:,} images"
+    return what, work, told | {"config": dataclasses.asdict(config)}
 
 
 def on_samples(args):
@@ -137,14 +141,15 @@ def on_samples(args):
     of_run, told = asked(args, LIKELIHOOD), {"samples": args.samples}
     if of_run:
         raise errors.ConfigError(f"--samples is a file of images, but {', '.join(of_run)} is measured on a run")
-    images = data.load(f"npz:{os.path.expanduser(args.samples)}").images
+    images = data.load(f"npz:{args.samples}").images
     file, config = Path(args.workdir).expanduser() / "config.json", configs.Data()
     if not args.reference:
         if not file.is_file():
             raise errors.ConfigError(f"--samples needs a --reference, or the --workdir of a run (no {file})")
         config = configs.from_json(file.read_text(errors="replace"), str(file)).data
-    judge = make_judge(args, config, images.shape[1:])
-    return lambda say: judge(images, told, say), told | {"num": len(images)}
+    judge = make_judge(args, config, len(images), images.shape[1:])
+    what = f"{args.samples}, {len(images):,} images"
+    return what, lambda say: judge(images, told, say), told | {"num": len(images)}
 
 
 def load(args, config, shape, whose="the run was trained on"):
@@ -174,8 +179,8 @@ def load_rows(args, parts):
     return rows if dataset.labels is None else rows | {"label": dataset.labels[: args.num].astype(np.int32)}
 
 
-def make_judge(args, config, shape):
-    """judge(images, settings, say) -> {name: number} of the metrics of samples, against the images of a config.Data."""
+def make_judge(args, config, num, shape):
+    """judge(images, settings, say) -> metrics of `num` samples of that shape, against the images of a config.Data."""
     import numpy as np
 
     from ddpm_jax import features
@@ -192,6 +197,7 @@ def make_judge(args, config, shape):
         raise errors.ConfigError(f"--reference-num={args.reference_num}, but the data have {len(images):,} images")
     if args.reference_num:
         images = images[np.linspace(0, len(images) - 1, args.reference_num).astype(int)]
+    samples.check_numbers(num, len(images))
     extractor = features.load(args.features, args.inception) if {*metrics} & {*samples.ON_FEATURES} else None
     where = {"source": config.source, "split": args.split or config.split}
 
@@ -212,7 +218,8 @@ def in_words(name, number):
 
     rest = [f"{part} {value:.4f}" for part, value in number.get("parts", {}).items()]
     if "real" in number:
-        rest.append(f"real images {value(number['real'])}")
+        of = f" of {number['real']['num']:,}" if "num" in number["real"] else ""
+        rest.append(f"real images {value(number['real'])}{of}")
     return f"{name} {value(number)} {number['unit']}" + (f" ({', '.join(rest)})" if rest else "")
 
 

@@ -32,6 +32,10 @@ def test_batches_and_devices_do_not_change_features():
     own = features.Extractor("own", lambda params, image: jnp.tanh(features._flat((), image) @ params), matrix)
     same_everywhere(own, (1, 8, 11, 64))
 
+    broken = own._replace(params=matrix * np.nan)
+    with pytest.raises(CheckpointError, match="features own are not finite"):
+        list(features.extract(broken, np.zeros((3, 8, 8, 1), np.uint8)))
+
 
 @has_weights
 @pytest.mark.slow

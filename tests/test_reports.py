@@ -138,7 +138,8 @@ def test_a_part_of_the_reference(made, call, tmp_path):
 
 
 MISTAKES = {
-    "few samples": (["--num=19"], 2, "19 samples are too few for kid; take 20 or more"),
+    "few samples": (["--num=19"], 2, "19 samples are too few to judge samples; take 20 or more"),
+    "few data": (["--reference-num=19"], 2, "19 images of the data are too few"),
     "features": (["--features=vgg"], 2, "features=vgg is not one of pixels, enl0, inception"),
     "no weights": (["--features=inception"], 2, "need --inception=FILE"),
     "weights for nothing": (["--inception=a.pth"], 2, "--inception goes with --features=inception"),

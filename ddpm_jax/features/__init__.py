@@ -62,9 +62,15 @@ def load(name, file=""):
 
 
 def extract(extractor, pictures, batch_size=64):
-    """The features of uint8 (N, H, W, C), one float32 (b, d) after another, over all devices of this process."""
+    """The features of uint8 (N, H, W, C), one float32 (b, d) after another, over all devices of this process.
+
+    Raises CheckpointError when they are not finite.
+    """
     params = parallel.replicate(extractor.params)
-    return parallel.measure_batches(_mapped(extractor.apply), params, None, pictures, batch_size)
+    for batch in parallel.measure_batches(_mapped(extractor.apply), params, None, pictures, batch_size):
+        if not np.isfinite(batch).all():
+            raise CheckpointError(f"features {extractor.name} are not finite; their weights are damaged")
+        yield batch
 
 
 @functools.cache

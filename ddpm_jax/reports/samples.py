@@ -137,16 +137,19 @@ REPORTS = {"kid": kid, "fid": fid, "pr": precision_recall, "copies": copies, "mo
 ON_FEATURES = ("kid", "fid", "pr")  # these need an extractor, copies uses one
 
 
+def check_numbers(num, num_data):
+    """Raise ConfigError when there are too few samples or too few data to judge them by."""
+    for number, what in ((num, "samples"), (num_data, "images of the data")):
+        if number < LEAST:
+            raise ConfigError(f"{number} {what} are too few to judge samples; take {LEAST} or more")
+
+
 def judge(samples, data, where, metrics, extractor, settings, folder, batch_size=64, say=lambda text: None):
     """{name: number} of the metrics, each with `settings`, the images and the features that it rests on.
 
     samples, data: uint8 (N, H, W, C); where: {"source", "split"} of the data, whose features are kept below `folder`;
-    extractor: None when no metric needs one; say(text) is called after each batch. Raises ConfigError when there are
-    too few images.
+    extractor: None when no metric needs one; say(text) is called after each batch.
     """
-    for what, images in (("samples", samples), ("images of the data", data)):
-        if len(images) < LEAST:
-            raise ConfigError(f"{len(images)} {what} are too few for {','.join(metrics)}; take {LEAST} or more")
     made_of, of_samples, of_data = where | {"images": cache.digest(data)}, None, None
     if extractor:
         of_data, made_of = cache.reference(
