@@ -1,23 +1,23 @@
-"""Evaluate a trained run: python evaluate.py --workdir=runs/digits --metrics=nll,ode,mse --num=1000
+"""Evaluate a trained run: python evaluate.py --workdir=runs/digits --metrics=nll,kid,copies,moments --num=1000
 
-nll: the variational bound in bits/dim; ode: bits/dim of the probability-flow ODE; mse: L_simple, the mean squared error
-of eps over all times. Image i of the data gets the same noise in any batch, so that a result is a function of the run,
-the data, the seed and the options. It is written as one JSON file.
+Of its likelihood: nll, the variational bound in bits/dim; ode, bits/dim of the probability-flow ODE; mse, L_simple.
+Of its samples: kid, fid, pr (precision and recall) on --features; copies of the data; moments, the colours. The samples
+are those that sample.py gives for the same options, or those of --samples=FILE. The paper's FID: --num=50000 samples
+with --metrics=fid --features=inception against the whole training split, rounded to uint8, not mirrored.
+The result is one JSON file, in which beside each number stands all it depends on.
 """
 
 import dataclasses
 import json
-import math
 import os
 import sys
-import time
 from pathlib import Path
 
 from ddpm_jax import errors, options
 from ddpm_jax.files import write_atomic
 
-METRICS = ("nll", "ode", "mse")
-EXACT = 16  # dimensions up to which a divergence is exact unless --divergence says otherwise
+LIKELIHOOD, SAMPLES = ("nll", "ode", "mse"), ("kid", "fid", "pr", "copies", "moments")
+METRICS = LIKELIHOOD + SAMPLES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,27 +26,37 @@ class Args(options.Arguments):
     step: int = options.option(0, "of the checkpoint; 0 for the newest", options.at_least(0))
     metrics: tuple[str, ...] = options.option(
         ("nll",),
-        "what to measure, of nll,ode,mse",
+        "what to measure, of " + ",".join(METRICS),
         options.each(options.one_of(*METRICS)),
         ("at least one of " + ", ".join(METRICS), len),
     )
-    num: int = options.option(1000, "images, the first of the data", options.at_least(1))
+    num: int = options.option(1000, "images: the first of the data for nll, ode, mse; samples", options.at_least(1))
     split: str = options.option("", "split of the data, in the spelling of TFDS; the run's own when empty")
     weights: str = options.option(
         "ema", "averaged or plain parameters, or the length (sigma_rel) of a post-hoc average", options.which_weights
     )
-    steps: int = options.option(0, "steps of nll and mse; 0 for all T", options.at_least(0))
+    sampler: str = options.option("ddpm", "of the samples, a name in ddpm_jax.samplers.SAMPLERS")
+    steps: int = options.option(0, "steps of nll, mse and the samples; 0 for all T", options.at_least(0))
     spacing: str = options.option("trailing", "of these steps, a name in ddpm_jax.schedules.SPACINGS")
+    samples: str = options.option("", "an npz file of images to judge in place of the run's samples")
+    reference: str = options.option(
+        "", "what samples are held against, spelled as data.source; the run's own data when empty"
+    )
+    reference_num: int = options.option(0, "so many of these images, evenly spaced; 0 for all", options.at_least(0))
+    features: str = options.option(
+        "enl0", "on which kid, fid, pr and copies are measured, a name in ddpm_jax.features.EXTRACTORS"
+    )
+    inception: str = options.option("", "file of the weights of --features=inception (.pth, .safetensors, .npz)")
     ode_steps: int = options.option(100, "times that ode visits, at most T", options.at_least(2))
     decoder: str = options.option(
         "exact", "of nll's last step, a name in ddpm_jax.likelihood.DECODERS; tanh as in the paper's code"
     )
     divergence: str = options.option(
-        "auto", f"of ode, a name in ddpm_jax.likelihood.DIVERGENCES; auto is exact up to {EXACT} dimensions"
+        "auto", "of ode, a name in ddpm_jax.likelihood.DIVERGENCES; auto is exact up to 16 dimensions"
     )
-    seed: int = options.option(0, "seed of the noise", options.at_least(0), options.below(2**32))
+    seed: int = options.option(0, "seed of the noise and of the samples", options.at_least(0), options.below(2**32))
     batch_size: int = options.option(64, "images at a time, over all devices", options.at_least(1))
-    out: str = options.option("", "file to write; WORKDIR/evaluation.json when empty")
+    out: str = options.option("", "file to write; WORKDIR/evaluation.json, or beside --samples, when empty")
     overwrite: bool = options.option(False, "write over a file that is there")
     platform: str = options.option("auto", "what to run on", options.one_of("auto", "cpu", "gpu", "tpu"))
     cpu_devices: int = options.option(
@@ -58,181 +68,159 @@ class Args(options.Arguments):
 def main():
     args = options.parse(Args, sys.argv[1:], "evaluate.py", __doc__)
 
-    import jax
-    import numpy as np
-
-    from ddpm_jax import checkpoint, experiment, keys, log, parallel
+    from ddpm_jax import checkpoint, experiment, log, parallel
 
     checkpoint.quiet()
-    workdir, step = experiment.find(args.workdir, args.step)
-    out = Path(os.path.expanduser(args.out or workdir / "evaluation.json"))
+    workdir, step = (None, None) if args.samples else experiment.find(args.workdir, args.step)
+    beside = Path(args.samples).with_suffix(".json") if args.samples else workdir / "evaluation.json"
+    out = Path(os.path.expanduser(args.out or beside))
     if out.exists() and not out.is_file():
         raise errors.ConfigError(f"--out={out} is a folder or a device; give the name of a file")
     if out.exists() and not args.overwrite:
         raise errors.ConfigError(f"{out} already exists; take another --out, or say --overwrite")
     parallel.start(args.batch_size, platform=args.platform, distributed="off", cpu_devices=args.cpu_devices)
-    parts, params, step = experiment.restore(workdir, args.weights, step)
-    plan = make_plan(args, parts)
-    rows = load_rows(args, parts)
+    what, work, report = on_samples(args) if args.samples else on_run(args, workdir, step)
     with errors.writing(f"--out={out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
-    log.note(f"step {step:,} of {workdir}, {args.weights} weights, {', '.join(args.metrics)}, {parallel.describe()}")
-
-    measure, root = parallel.pmap_rows(make_measure(args, parts, plan)), keys.root(args.seed, "evaluate")
-    clock, batches, done = time.monotonic(), [], 0
-    with parallel.memory_for(f"try a --batch-size smaller than {args.batch_size}"):
-        params = parallel.replicate(params)
-        for batch in parallel.measure_batches(measure, params, root, rows, args.batch_size):
-            for name, values in batch.items():
-                bad = ~np.isfinite(values.reshape(len(values), -1)).all(1)
-                if bad.any():
-                    raise errors.Diverged(f"{name} of image {done + np.argmax(bad)} is not finite; nothing was written")
-            batches.append(batch)
-            done, took = done + len(batch["index"]), time.monotonic() - clock
-            log.note(f"{done}/{args.num} images, {done / took:.1f} a second")
-    found = jax.tree.map(lambda *values: np.concatenate(values).astype(np.float64), *batches)
-
-    metrics = {name: REPORTS[name](found, plan) for name in dict.fromkeys(args.metrics)}
-    report = {"metrics": metrics, "num": args.num, "split": args.split or parts.config.data.split, "seed": args.seed}
-    report |= {"weights": args.weights, "checkpoint_step": step, "config": dataclasses.asdict(parts.config)}
     report |= {"versions": checkpoint.versions(), "devices": parallel.describe()}
-    for name, told in metrics.items():
-        error = "" if told["standard_error"] is None else f" +- {told['standard_error']:.4f}"
-        rest = [f"{part} {value:.4f}" for part, value in told.get("parts", {}).items()]
-        log.note(f"{name} {told['value']:.4f}{error} {told['unit']}" + (f" ({', '.join(rest)})" if rest else ""))
+    log.note(f"{what}, {', '.join(args.metrics)}, {parallel.describe()}")
+    with parallel.memory_for(f"try a --batch-size smaller than {args.batch_size}"):
+        metrics = work(log.now_and_then(log.note))
+    for name, number in metrics.items():
+        log.note(in_words(name, number))
     with errors.writing(f"--out={out}"):
-        write_atomic(out, (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
+        write_atomic(out, (json.dumps({"metrics": metrics} | report, indent=2, allow_nan=False) + "\n").encode())
     log.note(f"wrote {out}")
     return 0
 
 
-def make_plan(args, parts):
-    """What is measured at which times: {"bound": settings, "ode": settings}, each with its times."""
-    import numpy as np
+def asked(args, kind):
+    """The metrics of that kind that are asked for."""
+    return [name for name in dict.fromkeys(args.metrics) if name in kind]
 
-    from ddpm_jax import likelihood
 
-    exact = "exact" if math.prod(parts.shape) <= EXACT else "hutchinson"
-    divergence = exact if args.divergence == "auto" else args.divergence
-    for table, name, value in (
-        (likelihood.DECODERS, "decoder", args.decoder),
-        (likelihood.DIVERGENCES, "divergence", divergence),
-    ):
-        if value not in table:
-            raise errors.ConfigError(f"--{name}={value} is not one of {', '.join(table)}")
-    config, schedule = parts.config.diffusion, parts.schedule
-    calls = 2 if config.self_conditioning else 1  # a network that conditions on itself asks itself first
-    times = schedule.times(args.steps or config.T, args.spacing)
-    bound = {"variance": config.variance, "decoder": args.decoder, "limit": "clip", "spacing": args.spacing}
-    bound |= {"times": times, "network_evaluations": calls * (len(times) - 1)}
-    # At evenly spaced log-SNRs Heun's steps are equally hard; where no signal is left the ODE cannot begin.
-    times = schedule.times(min(args.ode_steps, config.T), "logsnr")
-    times = times[np.asarray(schedule.logsnr(times)) > -math.inf]
-    if "ode" in args.metrics and len(times) < 3:
-        raise errors.ConfigError(
-            f"--ode-steps={args.ode_steps} with diffusion.T={config.T} leaves the ODE no step; it needs two times"
-        )
-    ode = {"divergence": divergence, "limit": "none", "dequantization": "uniform", "spacing": "logsnr"}
-    return {"bound": bound, "ode": ode | {"times": times, "network_evaluations": 2 * calls * (len(times) - 2)}}
+def on_run(args, workdir, step):
+    """(what, work, report): what is measured in words, work(say) -> metrics, and what else is told of them.
+
+    All that can be checked is checked before the work.
+    """
+    from ddpm_jax import experiment, parallel
+    from ddpm_jax.reports import likelihood, samples
+
+    parts, params, step = experiment.restore(workdir, args.weights, step)
+    config, of_run, of_samples = parts.config, asked(args, LIKELIHOOD), asked(args, SAMPLES)
+    told = {"num": args.num, "split": args.split or config.data.split, "seed": args.seed, "weights": args.weights}
+    told |= {"checkpoint_step": step}
+    plan, rows, judge = None, None, None
+    if of_run:
+        settings = args.steps, args.spacing, args.ode_steps, args.decoder, args.divergence
+        plan = likelihood.make_plan(parts, of_run, *settings)
+        rows = load_rows(args, parts)
+    if of_samples:
+        steps = args.steps or config.diffusion.T
+        generate = parallel.pmap_generate(experiment.make_generate(parts, args.sampler, steps, args.spacing))
+        judge = make_judge(args, config.data, args.num, parts.shape)
+        drawn = told | {"sampler": args.sampler, "steps": steps, "spacing": args.spacing}
+
+    def work(say):
+        found = likelihood.report(parts, params, plan, rows, args.seed, args.batch_size, say) if of_run else {}
+        if of_samples:
+            images = samples.draw(parts, params, generate, args.num, args.seed, args.batch_size, say)
+            found |= judge(images, drawn, say)
+        return found
+
+    what = f"step {step:,} of {workdir}, {args.weights} weights, {args.num:,} images"
+    return what, work, told | {"config": dataclasses.asdict(config)}
+
+
+def on_samples(args):
+    """The same for a file of images."""
+    from ddpm_jax import config as configs
+    from ddpm_jax import data
+
+    of_run, told = asked(args, LIKELIHOOD), {"samples": args.samples}
+    if of_run:
+        raise errors.ConfigError(f"--samples is a file of images, but {', '.join(of_run)} is measured on a run")
+    images = data.load(f"npz:{args.samples}").images
+    file, config = Path(args.workdir).expanduser() / "config.json", configs.Data()
+    if not args.reference:
+        if not file.is_file():
+            raise errors.ConfigError(f"--samples needs a --reference, or the --workdir of a run (no {file})")
+        config = configs.from_json(file.read_text(errors="replace"), str(file)).data
+    judge = make_judge(args, config, len(images), images.shape[1:])
+    what = f"{args.samples}, {len(images):,} images"
+    return what, lambda say: judge(images, told, say), told | {"num": len(images)}
+
+
+def load(args, config, shape, whose="the run was trained on"):
+    """The Dataset of a config.Data, or of --split of it; ConfigError unless its images have that shape."""
+    from ddpm_jax import data
+
+    if args.split and config.source.partition(":")[0] not in ("tfds", "digits"):
+        raise errors.ConfigError(f"--split={args.split}, but data.source={config.source} has no splits")
+    dataset = data.load(**vars(dataclasses.replace(config, split=args.split or config.split)))
+    if dataset.images.shape[1:] != shape:
+        there, here = ("x".join(map(str, shape)) for shape in (dataset.images.shape[1:], shape))
+        raise errors.ConfigError(f"the data have images of {there}, {whose} {here}")
+    return dataset
 
 
 def load_rows(args, parts):
     """{"index", "image", "label"?}: the first --num images of the data that the run was trained on, or of --split."""
     import numpy as np
 
-    from ddpm_jax import data, experiment
+    from ddpm_jax import experiment
 
-    config = parts.config.data
-    if args.split and config.source.partition(":")[0] not in ("tfds", "digits"):
-        raise errors.ConfigError(f"--split={args.split}, but data.source={config.source} has no splits")
-    config = dataclasses.replace(config, split=args.split or config.split)
-    dataset = experiment.with_labels(data.load(**vars(config)), parts.config.model.num_classes)
+    dataset = experiment.with_labels(load(args, parts.config.data, parts.shape), parts.config.model.num_classes)
     there = len(dataset.images)
     if args.num > there:
         raise errors.ConfigError(f"--num={args.num}, but the data have {there:,} images; take --num={there} or fewer")
-    if dataset.images.shape[1:] != parts.shape:
-        shapes = ("x".join(map(str, shape)) for shape in (dataset.images.shape[1:], parts.shape))
-        raise errors.ConfigError("the data have images of {}, the run was trained on {}".format(*shapes))
     rows = {"index": np.arange(args.num), "image": dataset.images[: args.num]}
     return rows if dataset.labels is None else rows | {"label": dataset.labels[: args.num].astype(np.int32)}
 
 
-def make_measure(args, parts, plan):
-    """measure(params, root, row) -> {"index", and of each image what the metrics ask for}."""
-    import jax
-
-    from ddpm_jax import diffusion, experiment, images, likelihood
-
-    schedule, bound, ode = parts.schedule, plan["bound"], plan["ode"]
-    net, limit = experiment.image_net(parts), diffusion.LIMITS[bound["limit"]]
-
-    def measure(params, root, row):
-        predict = diffusion.make_denoiser_with_variance(net, schedule, parts.parameterization, params, row.get("label"))
-        key, found = jax.random.fold_in(root, row["index"]), {"index": row["index"]}
-
-        def denoise(x_t, t):
-            return predict(x_t, t)[0]
-
-        if {"nll", "mse"} & set(args.metrics):
-            found |= likelihood.bits_per_dim(
-                predict if bound["variance"] == "learned" else denoise,
-                schedule,
-                bound["times"],
-                images.to_unit(row["image"]),
-                key,
-                bound["variance"],
-                bound["decoder"],
-                limit,
-            )
-        if "ode" in args.metrics:
-            found["ode"] = likelihood.ode_bits_per_dim(
-                denoise, schedule, ode["times"], row["image"], key, ode["divergence"]
-            )
-        return found
-
-    return measure
-
-
-def nll(found, plan):
-    """The bound, its parts, and over t the rate (bits/dim to know x_t) with the error of x_0_hat (levels of 0..255)."""
+def make_judge(args, config, num, shape):
+    """judge(images, settings, say) -> metrics of `num` samples of that shape, against the images of a config.Data."""
     import numpy as np
 
-    steps = found["steps"].mean(0)
-    parts = {"prior": found["prior"].mean(), "steps": steps.sum(), "decoder": found["decoder"].mean()}
-    rate = parts["prior"] + np.insert(np.cumsum(steps), 0, 0.0)
-    curve = {"rate": rate, "rmse": np.sqrt(found["distortion"].mean(0))}
-    return summary(found["total"], "bits/dim", plan["bound"], parts=parts, curve=curve)
+    from ddpm_jax import features
+    from ddpm_jax.reports import samples
+
+    metrics = asked(args, SAMPLES)
+    if args.inception and args.features != "inception":
+        raise errors.ConfigError(f"--inception goes with --features=inception, not {args.features}")
+    if args.reference:
+        config = dataclasses.replace(config, source=args.reference, image_size=tuple(shape[:2]), channels=shape[2])
+    whose = "the samples have" if args.samples else "the run was trained on"
+    images = load(args, config, tuple(shape), whose).images
+    if args.reference_num > len(images):
+        raise errors.ConfigError(f"--reference-num={args.reference_num}, but the data have {len(images):,} images")
+    if args.reference_num:
+        images = images[np.linspace(0, len(images) - 1, args.reference_num).astype(int)]
+    samples.check_numbers(num, len(images))
+    extractor = features.load(args.features, args.inception) if {*metrics} & {*samples.ON_FEATURES} else None
+    where = {"source": config.source, "split": args.split or config.split}
+
+    def judge(pictures, settings, say):
+        return samples.judge(
+            pictures, images, where, metrics, extractor, settings, config.cache_dir, args.batch_size, say
+        )
+
+    return judge
 
 
-def ode(found, plan):
-    """The bits/dim of the probability-flow ODE."""
-    return summary(found["ode"], "bits/dim", plan["ode"])
+def in_words(name, number):
+    """A line for the console."""
 
+    def value(found):
+        error = "" if found.get("standard_error") is None else f" +- {found['standard_error']:.4f}"
+        return f"{found['value']:.4f}{error}"
 
-def mse(found, plan):
-    """L_simple, and the error at each t."""
-    settings = {name: plan["bound"][name] for name in ("spacing", "times", "network_evaluations")}
-    return summary(found["mse"].mean(1), "squared error of eps", settings, curve={"mse": found["mse"].mean(0)})
-
-
-REPORTS = {"nll": nll, "ode": ode, "mse": mse}
-
-
-def summary(values, unit, settings, curve=None, parts=None):
-    """One metric as JSON: the mean over images, its standard error (none for one image), and what it rests on.
-
-    Of the settings' times only the number of steps is told, except with a curve over them.
-    """
-    error = float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
-    times = settings["times"].tolist()
-    found = {"value": float(values.mean()), "standard_error": error, "unit": unit}
-    if parts:
-        found["parts"] = {name: float(value) for name, value in parts.items()}
-    rest = {name: value for name, value in settings.items() if name != "times"}
-    found["settings"] = rest | {"steps": len(times) - 1}
-    if curve:
-        found["curve"] = {"t": times[:-1]} | {name: value.tolist() for name, value in curve.items()}
-    return found
+    rest = [f"{part} {value:.4f}" for part, value in number.get("parts", {}).items()]
+    if "real" in number:
+        of = f" of {number['real']['num']:,}" if "num" in number["real"] else ""
+        rest.append(f"real images {value(number['real'])}{of}")
+    return f"{name} {value(number)} {number['unit']}" + (f" ({', '.join(rest)})" if rest else "")
 
 
 if __name__ == "__main__":

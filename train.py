@@ -84,6 +84,7 @@ def main():
 def prepare(args, workdir, say):
     """(Experiment, Dataset), after all checks that need no device."""
     from ddpm_jax import data, experiment, parallel, runs
+    from ddpm_jax.features import enl0
 
     config = args.config
     parallel.check_batch_size(config.train.batch_size, config.train.accumulate)
@@ -95,6 +96,8 @@ def prepare(args, workdir, say):
     say(f"{config.data.source}: {len(dataset.images):,} images of {images}")
     dataset = experiment.with_labels(dataset, config.model.num_classes)
     data.batch(dataset, 0, 0, config.train.batch_size)  # refuses too few images
+    if config.train.evaluate_every:
+        enl0.find()  # refuses
     parts = experiment.make(config, dataset.images.shape[1:])
     say(
         f"U-Net of {experiment.parameter_count(parts):,} parameters; {config.train.steps:,} steps "
@@ -110,6 +113,7 @@ class Run(NamedTuple):
     entries: dict  # what the checkpoints' meta says besides the state
     train_step: Callable  # mapped over the devices
     write_grid: Callable
+    evaluate: Callable
     asked: Callable  # () -> exit code or None
     feed: Callable  # the watchdog
     say: Callable
@@ -132,6 +136,7 @@ def train(parts, dataset, fingerprint, workdir, asked, say, step=None, allowed=(
     rollbacks, tries, failure, branch = 0, {}, None, step
     with signals.watchdog(config.watchdog, config.watchdog_abort) as feed:
         train_step, write_grid = parallel.pmap_step(train_step), make_grid_writer(parts, workdir, feed)
+        evaluate = make_evaluator(parts, dataset, feed, say)
         while True:
             state, meta = None, {"window": [], "rollbacks": 0}
             if checkpoint.steps(folder) or step:
@@ -152,7 +157,7 @@ def train(parts, dataset, fingerprint, workdir, asked, say, step=None, allowed=(
             else:
                 parallel.together(lambda: parallel.is_first() and runs.record(workdir, parts.config))
             entries = fixed | {"rollbacks": rollbacks, "branch": branch}
-            run = Run(parts, dataset, workdir, entries, train_step, write_grid, asked, feed, say)
+            run = Run(parts, dataset, workdir, entries, train_step, write_grid, evaluate, asked, feed, say)
             try:
                 return follow(run, state, meta["window"])
             except RollBack as error:
@@ -221,7 +226,7 @@ def follow(run, state, window):
                     "seconds_per_step": busy / timed if timed else None,
                     "input_wait": waited / timed if timed else None,
                 }
-                writer.write({"step": step} | row | rates | timing)
+                writer.write({"step": step} | row | rates | timing | run.evaluate(state, step))
                 window, busy, waited, logged = [], 0.0, 0.0, step
             if config.averages and (step % config.average_every == 0 or step == last) and parallel.is_first():
                 store_averages(run.workdir, config.averages, state)
@@ -304,6 +309,44 @@ def make_grid_writer(parts, workdir, feed):
             warnings.warn(f"there is no grid of samples at step {step}: {error}", stacklevel=2)
 
     return write_grid
+
+
+def make_evaluator(parts, dataset, feed, say):
+    """evaluate(state, step) -> metrics of a few samples of the averaged parameters, where train.evaluate_every says so.
+
+    They are always of the same keys. Where it fails there is a warning in place of metrics.
+    """
+    config, data_config = parts.config.train, parts.config.data
+    if not config.evaluate_every:
+        return lambda state, step: {}
+
+    import jax
+
+    from ddpm_jax import experiment, features, parallel
+    from ddpm_jax.reports import samples
+
+    extractor = features.load("enl0")
+    generate = experiment.make_generate(parts, config.evaluate_sampler, config.evaluate_steps)
+    generate = parallel.pmap_generate(generate)
+    where = {"source": data_config.source, "split": data_config.split}
+
+    def evaluate(state, step):
+        if not parallel.is_first() or (step % config.evaluate_every and step != config.steps):
+            return {}
+        try:
+            with parallel.memory_for("go on with train.evaluate_every=0"):
+                params = jax.device_get(state.ema_params)
+                images = samples.draw(parts, params, generate, config.evaluate_num, config.seed, say=lambda _: feed())
+                found = samples.quick_kid(
+                    images, dataset.images, where, extractor, data_config.cache_dir, lambda _: feed()
+                )
+        except (OSError, errors.UserError) as error:
+            warnings.warn(f"there is no KID at step {step}: {error}", stacklevel=2)
+            return {}
+        say(f"step {step:,}: {', '.join(f'{name} {value:.2f}' for name, value in found.items())}")
+        return found
+
+    return evaluate
 
 
 def dry_run(config, say):

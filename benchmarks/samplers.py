@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ddpm_jax import errors, options
+from ddpm_jax import errors, evaluation, options
 from ddpm_jax.files import write_atomic
 
 SAMPLERS = [("ddpm", {"variance": "fixedsmall"}), ("ddpm", {"variance": "fixedlarge"})]
@@ -164,23 +164,9 @@ def points(images):
 
 
 def spread(x, y, size):
-    """The mean KID of disjoint subsets of x, each of `size`, to all of y, and its standard error."""
-    size = min(size, len(x) // 2)  # of few real images
-    values = [kid(x[start : start + size], y) for start in range(0, len(x) - size + 1, size)]
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) / len(values) ** 0.5:.1f}"
-
-
-def kid(x, y):
-    """1000 times the unbiased squared MMD under the kernel (x.y / d + 1)^3 (Binkowski et al. 2018)."""
-
-    def kernel(a, b):
-        return (a @ b.T / a.shape[1] + 1) ** 3
-
-    def within(a):
-        k = kernel(a, a)
-        return (k.sum() - np.trace(k)) / (len(a) * (len(a) - 1))
-
-    return 1000 * (within(x) + within(y) - 2 * kernel(x, y).mean())
+    """The mean KID of disjoint parts of x, each of about `size`, to all of y, and its standard error."""
+    value, error, _ = evaluation.kid_in_parts(x, y, size)
+    return f"{1000 * value:.1f} ± {1000 * error:.1f}"
 
 
 if __name__ == "__main__":

@@ -143,6 +143,12 @@ class Train(Section):
     sample_num: int = option(64, "images in a grid", at_least(1))
     sample_steps: int = option(100, "sampling steps of a grid's images", at_least(1))
     sampler: str = option("ddpm", "sampler of the grids, a name in ddpm_jax.samplers.SAMPLERS")
+    evaluate_every: int = option(
+        0, "steps between two KIDs of a few samples in metrics.jsonl (needs the extra kid); 0 for never", at_least(0)
+    )
+    evaluate_num: int = option(1000, "samples of such a KID", at_least(20))
+    evaluate_steps: int = option(20, "sampling steps of these", at_least(1))
+    evaluate_sampler: str = option("dpmpp_2m", "their sampler, a name in ddpm_jax.samplers.SAMPLERS")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +165,15 @@ class Config:
             raise ConfigError(
                 f"train.sample_steps={self.train.sample_steps} must be at most diffusion.T={self.diffusion.T}"
             )
+        if self.train.evaluate_every and self.train.evaluate_steps > self.diffusion.T:
+            raise ConfigError(
+                f"train.evaluate_steps={self.train.evaluate_steps} must be at most diffusion.T={self.diffusion.T}"
+            )
+        if self.train.evaluate_every % self.train.log_every:
+            raise ConfigError(
+                f"train.evaluate_every={self.train.evaluate_every} must be a multiple of train.log_every="
+                f"{self.train.log_every}"
+            )
         if self.train.keep_every % self.train.checkpoint_every:
             raise ConfigError(
                 f"train.keep_every={self.train.keep_every} must be a multiple of train.checkpoint_every="
@@ -173,6 +188,10 @@ MAY_CHANGE = {
     "data.max_unreadable",
     "train.average_every",
     "train.checkpoint_every",
+    "train.evaluate_every",
+    "train.evaluate_num",
+    "train.evaluate_sampler",
+    "train.evaluate_steps",
     "train.keep",
     "train.keep_every",
     "train.log_every",

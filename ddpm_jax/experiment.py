@@ -1,4 +1,4 @@
-"""From a Config to the parts of a run. Only this file, runs.py and the scripts see a Config."""
+"""From a Config to the parts of a run. Only this file, runs.py, reports and the scripts see a Config."""
 
 import json
 import os
@@ -63,6 +63,7 @@ def _check(config):
         (diffusion.DISTANCES, names.distance, "diffusion.distance"),
         (training.TIME_SAMPLINGS, names.time_sampling, "diffusion.time_sampling"),
         (samplers.SAMPLERS, config.train.sampler, "train.sampler"),
+        (samplers.SAMPLERS, config.train.evaluate_sampler, "train.evaluate_sampler"),
     ):
         if name not in table:
             raise ConfigError(f"{field}={name} is not one of {', '.join(table)}")

