@@ -153,16 +153,10 @@ def _rows(builder, images, labels):
 
 def _flowers(folder, builder, counts):
     """A tar of JPEGs, numbered from 1; a .mat file with the label of each, from 1, and one with the splits' numbers."""
-    labels = _mat(folder, "imagelabels.mat", "labels")
-    split_of = {"train": "trnid", "test": "tstid", "validation": "valid"}
-    numbers = {split: _mat(folder, "setid.mat", split_of[split]) for split in counts}
-    classes = builder.info.features["label"].num_classes
-    found = {split: len(of_split) for split, of_split in numbers.items()}
-    if found != counts or not 1 <= labels.min() <= labels.max() <= classes:
-        raise DataError(f"the .mat files in {folder} are not those of {builder.name}: splits of {found}, not {counts}")
-    names = {number: f"image_{number:05d}.jpg" for of_split in numbers.values() for number in of_split.tolist()}
-    if not 1 <= min(names) <= max(names) <= len(labels):
-        raise DataError(f"setid.mat in {folder} has numbers from {min(names)} to {max(names)} for {len(labels)} labels")
+    originals = {info.filename: info for info in builder.url_infos.values()}
+    (labels,) = _mat(folder, originals["imagelabels.mat"], "labels")
+    numbers = dict(zip(counts, _mat(folder, originals["setid.mat"], "trnid", "tstid", "valid"), strict=True))
+    names = {number: f"image_{number:05d}.jpg" for of_split in numbers.values() for number in of_split}
     pictures = read_members(folder, "102flowers.tgz", "jpg/", names.values())
     for name, picture in pictures.items():
         if not picture.startswith(b"\xff\xd8"):
@@ -170,20 +164,20 @@ def _flowers(folder, builder, counts):
 
     def row(number):
         name = names[number]
-        return name, {"image": pictures[name], "label": int(labels[number - 1]) - 1, "file_name": name}
+        return name, {"image": pictures[name], "label": labels[number - 1] - 1, "file_name": name}
 
-    return {split: map(row, of_split.tolist()) for split, of_split in numbers.items()}
+    return {split: map(row, of_split) for split, of_split in numbers.items()}
 
 
-def _mat(folder, file, name):
-    """A row of whole numbers in a .mat file, as int64."""
+def _mat(folder, original, *names):
+    """The rows `names` of a .mat file as lists of whole numbers; of the original alone, since SciPy trusts the file."""
     from scipy.io import loadmat  # which scikit-learn brings
 
-    path = find(folder, file)
-    try:
-        return loadmat(path, variable_names=[name])[name].astype(np.int64, casting="same_kind").ravel()
-    except Exception as error:  # whatever a damaged file makes SciPy raise
-        raise DataError(f"cannot read {name} in {path}: {first_line(error)}") from error
+    path = find(folder, original.filename)
+    if not _is_original(path, original):
+        raise DataError(f"{path} is not the original: its size or its checksum is another")
+    arrays = loadmat(path)
+    return [arrays[name].ravel().tolist() for name in names]
 
 
 IDX = Set(_mnist, {"train": 60_000, "test": 10_000})
