@@ -284,7 +284,7 @@ def test_python_values_pass_the_same_checks(make, fragment):
 
 ODD = Config(
     data=Data("folder:/srv/\u00fc b", "test", (8, 16), 3, True, 0.5, "~/data", ""),
-    model=Model(8, (1,), 1, (), 2, 0.0, 10, True, "auto", "bfloat16", True),
+    model=Model(8, (1,), 1, (), 2, 0.0, 10, True, "auto", "bfloat16", True, 1e-30, 4, True, True, 0),
     diffusion=Diffusion(
         "cosine", 4000, "v", "vlb", "learned", (1e-30, 0.1 + 0.2), True, 64, "output", "huber", "stratified", True, 0.1
     ),
@@ -300,6 +300,14 @@ def test_json_round_trip(config):
     assert configs.from_json(text) == config
     assert repr(configs.from_json(text)) == repr(config)  # 1 is not 1.0
     assert json.loads(text)["model"]["multipliers"] == list(config.model.multipliers)
+
+
+def test_a_runs_config_json_is_a_config_file(tmp_path):
+    (tmp_path / "config.json").write_text(configs.to_json(ODD))
+    assert configs.load(tmp_path / "config.json") == ODD
+    (tmp_path / "config.json").write_text('{"model": {"chanels": 64}}')
+    with pytest.raises(ConfigError, match=r"unknown key model.chanels in .*config.json; did you mean model.channels\?"):
+        configs.load(tmp_path / "config.json")
 
 
 def test_odd_config_leaves_no_default():

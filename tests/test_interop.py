@@ -15,7 +15,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import random_params
+from conftest import make_run, random_params
 from published import CIFAR10, OLD_SCHEDULER, PAPER_256, TRAIN_UNCONDITIONAL
 from safetensors.numpy import load_file, save_file
 
@@ -400,12 +400,17 @@ def test_files_that_cannot_be_read(call, folder, tmp_path):
 def test_a_single_file_is_checked(call, run, tmp_path):
     file = tmp_path / "digits.safetensors"
     assert call(interop, "export", run[0], file, "--weights=raw")[0] == 0
-    data = bytearray(file.read_bytes())
-    data[-2] ^= 1  # in the last tensor
-    (tmp_path / "flipped.safetensors").write_bytes(data)
-    code, _, said = call(interop, "import", tmp_path / "flipped.safetensors", "--workdir=x")
-    assert code == 4
-    assert "is damaged: the checksum of its tensors differs" in said
+    whole = file.read_bytes()
+    for wrong in (
+        whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:],  # in the last tensor
+        whole.replace(b'\\"T\\": 12', b'\\"T\\": 13'),
+        whole.replace(b'"[4, 4, 1]"', b'"[8, 8, 1]"'),
+    ):
+        assert wrong != whole
+        file.write_bytes(wrong)
+        code, _, said = call(interop, "import", file, "--workdir=x")
+        assert code == 4
+        assert "is damaged: its checksum differs" in said
     code, _, said = call(interop, "import", RELEASED / "old" / WEIGHTS, "--workdir=x")
     assert code == 2
     assert "has no ddpm_jax config inside; of diffusers' layout give the folder" in said
@@ -430,6 +435,14 @@ def test_what_diffusers_cannot_say_is_not_exported(tmp_path, options, message):
     with pytest.raises(ConfigError, match=refusal):
         released.write(tmp_path / "out", parts, random_params(parts.init))
     assert not (tmp_path / "out").exists()
+
+
+def test_an_arithmetic_that_stays_behind_is_said(call, tmp_path):
+    workdir, *_ = make_run(tmp_path, model={"dtype": "bfloat16"})
+    for out, told in (("out", True), ("out.safetensors", False)):
+        code, said, _ = call(interop, "export", workdir, tmp_path / out)
+        assert code == 0
+        assert ("model.dtype=bfloat16 stays behind: diffusers computes in float32\n" in said) == told
 
 
 def test_nothing_is_overwritten_unasked(call, imported, tmp_path):

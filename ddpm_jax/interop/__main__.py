@@ -111,6 +111,8 @@ def export_run(args, path):
         raise errors.ConfigError(f"{there[0]} already exists; take another --path, or say --overwrite")
     parts, params, step = experiment.restore(workdir, args.weights, step)
     released.write(path, parts, params, step=str(step), weights=args.weights)
+    if not released.is_file(path) and parts.config.model.dtype != "float32":
+        log.note(f"model.dtype={parts.config.model.dtype} stays behind: diffusers computes in float32")
     log.note(f"wrote step {step:,} of {workdir}, {args.weights} weights, to {path}")
     return 0
 

@@ -1,6 +1,7 @@
 """What is written and read: a folder in diffusers' layout, or one safetensors file with the config inside."""
 
 import json
+import zlib
 from typing import NamedTuple
 
 from ddpm_jax import config as configs
@@ -49,7 +50,7 @@ def write(path, parts, params, **metadata):
     if is_file(path):
         arrays = tensors.spelled(params, tensors.OURS)
         metadata |= {"config": configs.to_json(parts.config), "shape": json.dumps(parts.shape)}
-        tensors.write(path, arrays, metadata | {"crc32": str(trees.digest(arrays))})
+        tensors.write(path, arrays, metadata | {"crc32": _digest(arrays, metadata)})
         return
     unet, scheduler = layout.to_diffusers(parts)
     weights, *files = names(path)
@@ -69,14 +70,18 @@ def read(path):
     return _read_file(path) if is_file(path) else _read_folder(path)
 
 
+def _digest(arrays, metadata):
+    """CRC-32 of the arrays and of what says how to use them."""
+    return str(zlib.crc32((metadata["config"] + metadata["shape"]).encode(), trees.digest(arrays)))
+
+
 def _read_file(path):
     arrays, metadata, notes = tensors.read(path)
-    try:
-        config, shape = configs.from_json(metadata["config"], path), tuple(json.loads(metadata["shape"]))
-    except (KeyError, ValueError) as error:
-        raise ConfigError(f"{path} has no ddpm_jax config inside; of diffusers' layout give the folder") from error
-    if metadata.get("crc32") != str(trees.digest(arrays)):
-        raise CheckpointError(f"{path} is damaged: the checksum of its tensors differs")
+    if not {"config", "shape", "crc32"} <= metadata.keys():
+        raise ConfigError(f"{path} has no ddpm_jax config inside; of diffusers' layout give the folder")
+    if metadata["crc32"] != _digest(arrays, metadata):
+        raise CheckpointError(f"{path} is damaged: its checksum differs")
+    config, shape = configs.from_json(metadata["config"], path), tuple(json.loads(metadata["shape"]))
     return Released(config, shape, arrays, tensors.OURS, notes, "")
 
 
