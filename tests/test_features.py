@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,7 @@ def test_nor_do_they_change_those_of_enl0():
 @has_weights
 def test_photographs_are_told_apart():
     """With the classifier the features were made for: a palace (698), and a flower, for which ImageNet has daisy."""
+    assert 2 * math.prod(stride for _, stride, _, _ in enl0.BLOCKS) == 32  # as in the paper; the classes hardly tell
     tensors = torchfile.read(enl0.find())
     params, classify = enl0.params(tensors, ""), jax.jit(enl0.features)
     for photograph, label in zip(load_sample_images().images, (698, 985), strict=True):
