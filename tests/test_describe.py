@@ -26,7 +26,7 @@ def test_the_facts(call, source):
     assert said.splitlines() == [
         "6 images of 4x8x3",
         "mean 0.10000 0.20000 0.50000 std 0.10000 0.20000 0.50000 (0 black, 1 white)",
-        "4 classes, from 0 on with 2 0 3 1 images",
+        "3 classes from 0 to 3, with 2 3 1 images",
         f"fingerprint {fingerprint(load(source))}",
     ]
 

@@ -179,6 +179,17 @@ def test_a_full_disk_leaves_no_set_and_with_room_it_is_prepared(mount, tmp_path)
     assert len(load("tfds:mnist", **options).images) == 20
 
 
+@pytest.mark.parametrize("source", ["tfds:mnist", "digits"])
+def test_the_home_folder_may_be_written_short(tmp_path, monkeypatch, source):
+    """As no shell expands it in --data-dir=~/tfds."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(put(tmp_path, mnist()))
+    load(source, data_dir="~/tfds", cache_dir="~/cache", files="~")
+    assert (tmp_path / "tfds" / source.split(":")[-1]).is_dir()
+    assert (tmp_path / "cache").is_dir()
+    assert not (tmp_path / "~").exists()
+
+
 def test_where_nothing_can_be_written(tmp_path):
     put(tmp_path, {"file": b""})
     with pytest.raises(DataError, match=r"cannot prepare .*mnist.*file.*give another data.data_dir"):

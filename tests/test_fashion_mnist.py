@@ -33,7 +33,7 @@ def test_70000_real_images_are_prepared_without_tensorflow(files, script, tmp_pa
     assert done.returncode == 0, done.stderr
     assert "their contents were checked, not their checksums" in done.stdout
     assert "60,000 images of 28x28x1\nmean 0.28604 std 0.35302 " in done.stdout
-    assert "10 classes, from 0 on with" + 10 * " 6,000" + " images" in done.stdout
+    assert "10 classes from 0 to 9, with" + 10 * " 6,000" + " images" in done.stdout
     builder = tfds.builder("fashion_mnist", data_dir=tmp_path / "tfds")
     for split, prefix, count in (("train", "train", 60_000), ("test", "t10k", 10_000)):
         images, labels = (

@@ -118,6 +118,18 @@ def test_labels_follow_a_renamed_subfolder(album):
         assert load_album(max_unreadable=0.5).labels.tolist() == [1, 2]
 
 
+def test_a_picture_moved_to_another_subfolder_has_its_label(album):
+    """Of the same size and time as before, and in the same order."""
+    folder, load_album = album
+    for name in ("a/1.png", "a/2.png", "b/3.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        paint(folder / name, 7)
+        os.utime(folder / name, ns=(1, 1))
+    assert load_album().labels.tolist() == [0, 0, 1]
+    (folder / "a" / "2.png").rename(folder / "b" / "2.png")
+    assert load_album().labels.tolist() == [0, 1, 1]
+
+
 def test_a_map_from_before_there_were_labels_is_made_anew(album, monkeypatch):
     folder, load_album = album
     (folder / "a").mkdir()

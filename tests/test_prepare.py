@@ -236,6 +236,7 @@ FLOWER = archives("oxford_flowers102")
             "cifar10", changed("cifar10", "test_batch.bin", b"\12" + bytes(30729)), "a label of cifar10 is 10"
         ),
         pytest.param("cifar100", changed("cifar100", "test.bin", b"\24" + bytes(30739)), "a coarse_label .* is 20"),
+        pytest.param("cifar10", changed("cifar10", ".txt", b"a\n" * 10), "names 1 classes, not 10", id="names"),
         pytest.param("cifar10", odd("../evil", b"x"), r"odd member, '\.\./evil'"),
         pytest.param("cifar10", odd("/etc/evil", b"x"), r"odd member, '/etc/evil'"),
         pytest.param("cifar10", odd("link", type=tarfile.SYMTYPE, linkname="/etc"), "odd member, 'link'", id="link"),

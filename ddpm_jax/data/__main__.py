@@ -45,8 +45,8 @@ def main():
     print(f"{count:,} images of {height}x{width}x{channels}")
     print("mean", *(f"{value:.5f}" for value in mean), "std", *(f"{value:.5f}" for value in std), "(0 black, 1 white)")
     if dataset.labels is not None:
-        each = np.bincount(dataset.labels)
-        print(f"{len(each)} classes, from 0 on with", *(f"{n:,}" for n in each), "images")
+        classes, each = np.unique(dataset.labels, return_counts=True)
+        print(f"{len(classes)} classes from {classes[0]} to {classes[-1]}, with", *(f"{n:,}" for n in each), "images")
     print("fingerprint", data.fingerprint(dataset))
     if args.out:
         from ddpm_jax import images

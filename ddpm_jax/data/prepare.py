@@ -117,8 +117,9 @@ def _cifar(folder, builder, counts):
     files = read_members(folder, os.path.basename(told.url), told.prefix, names)
     for key, name in zip(keys, told.label_files, strict=True):
         classes = [line for line in files[name].decode("utf8", "replace").split("\n") if line]
-        if len(classes) != features[key].num_classes:
-            raise DataError(f"{name} in {folder} names {len(classes)} classes, not {features[key].num_classes}")
+        count, known = len(set(classes)), features[key].num_classes
+        if not count == len(classes) == known:
+            raise DataError(f"{name} in {folder} names {count} classes, not {known} of one line each")
         features[key].names = classes
     examples = {}
     for split, n in counts.items():

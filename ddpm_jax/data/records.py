@@ -16,7 +16,7 @@ def from_tfds(name, image_size, channels, split="train", data_dir="", cache_dir=
     import tensorflow_datasets as tfds
 
     def make():
-        return tfds.builder(name, data_dir=data_dir or None)
+        return tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None)
 
     try:
         builder = make()
@@ -47,8 +47,11 @@ def from_digits(_, image_size, channels, split="train", data_dir="", cache_dir="
     """scikit-learn's 1,797 handwritten digits; the first use prepares them as a TFDS data set, without a network."""
     from ddpm_jax.data.digits import Digits
 
+    def make():
+        return Digits(data_dir=os.path.expanduser(data_dir) or None, file_format="array_record")
+
     try:
-        builder = _prepared(lambda: Digits(data_dir=data_dir or None, file_format="array_record"), write)
+        builder = _prepared(make, write)
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"cannot use the prepared digits: {first_line(error)}; give another data.data_dir") from error
     return _from_builder(builder, image_size, channels, split, cache_dir)
