@@ -289,7 +289,32 @@ ODD = Config(
         "cosine", 4000, "v", "vlb", "learned", (1e-30, 0.1 + 0.2), True, 64, "output", "huber", "stratified", True, 0.1
     ),
     train=Train(
-        1, 1, 2, 1e-30, 0, math.inf, 0.0, (0.05, 0.1), 7, "abort", 1, 5, True, 2**32 - 1, 1, 1, 1, 3, 1, 1, 1, "ddim"
+        1,
+        1,
+        2,
+        1e-30,
+        0,
+        math.inf,
+        0.0,
+        (0.05, 0.1),
+        7,
+        "abort",
+        1,
+        5,
+        True,
+        2**32 - 1,
+        1,
+        1,
+        1,
+        3,
+        1,
+        1,
+        1,
+        "ddim",
+        5,
+        20,
+        7,
+        "edm",
     ),
 )
 
