@@ -84,7 +84,6 @@ def main():
 def prepare(args, workdir, say):
     """(Experiment, Dataset), after all checks that need no device."""
     from ddpm_jax import data, experiment, parallel, runs
-    from ddpm_jax.features import enl0
 
     config = args.config
     parallel.check_batch_size(config.train.batch_size, config.train.accumulate)
@@ -97,6 +96,8 @@ def prepare(args, workdir, say):
     dataset = experiment.with_labels(dataset, config.model.num_classes)
     data.batch(dataset, 0, 0, config.train.batch_size)  # refuses too few images
     if config.train.evaluate_every:
+        from ddpm_jax.features import enl0
+
         enl0.find()  # refuses
     parts = experiment.make(config, dataset.images.shape[1:])
     say(

@@ -121,12 +121,3 @@ def test_torch_files_of_both_formats(tmp_path, zipped):
     assert list(found) == list(saved)
     for name, tensor in saved.items():
         np.testing.assert_array_equal(found[name], tensor.numpy(), strict=True)
-
-
-def test_safetensors_as_their_own_package_writes_them(tmp_path):
-    numpy = pytest.importorskip("safetensors.numpy")
-    saved = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.arange(3), "c": np.zeros((), np.float16)}
-    numpy.save_file(saved, tmp_path / "a.safetensors", {"made": "here"})
-    found = torchfile.read(tmp_path / "a.safetensors")
-    for name, array in saved.items():
-        np.testing.assert_array_equal(found[name], array, strict=True)

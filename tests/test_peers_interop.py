@@ -2,7 +2,7 @@
 
 Their UNet2DModel is built from each published config with random weights, also where training starts at zero, and goes
 through our import. float32 on both sides: outputs agree to about 1e-6 of their largest value, with inputs of size 1e-3,
-where the norms divide by less, to about 1e-5, of which most is the rounding of the time embedding's frequencies.
+where the norms divide by less, to about 1e-5.
 
 The published networks of 256x256 are compared at smaller sides, their levels being given by the kind of each block, and
 once at 256 (slow).

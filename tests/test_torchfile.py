@@ -170,7 +170,6 @@ def broken(canary):
         "html": ("pth", b"<html>not found</html>", ""),
         "safetensors": ("safetensors", safetensors(data_offsets=[0, 92]), ""),
         "safetensors beyond": ("safetensors", safetensors(shape=[200], data_offsets=[0, 800]), ""),
-        "safetensors type": ("safetensors", safetensors(dtype="BF16"), "BF16"),
         "safetensors header": ("safetensors", b"\xff" * 40, ""),
     }
 
