@@ -1,0 +1,30 @@
+"""Your own pictures at 32x32, in colour, on a CPU: --config.data.source=folder:DIR. Some 40 minutes on two cores.
+
+Expected result: it is your data; docs/results.md shows it on emoji.
+"""
+
+from ddpm_jax.config import Config, Data, Diffusion, Model, Train
+
+
+def get_config():
+    return Config(
+        data=Data(source="folder:", image_size=(32,), channels=3),
+        model=Model(
+            channels=32,
+            multipliers=(1, 2, 2, 2),
+            num_res_blocks=1,
+            attention_resolutions=(8, 4),
+            dropout=0.0,
+            groups="auto",
+        ),
+        diffusion=Diffusion(variance="fixedsmall"),
+        train=Train(
+            steps=5000,
+            batch_size=32,
+            learning_rate=1e-3,
+            warmup_steps=200,
+            ema_decay=0.999,
+            checkpoint_every=1000,
+            sample_every=1000,
+        ),
+    )
