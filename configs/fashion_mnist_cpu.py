@@ -1,6 +1,6 @@
 """Fashion-MNIST at its own 28x28, gray, 60,000 pieces of clothing, in about an hour on two CPU cores.
 
-Expected result: docs/results.md.
+Expected result: not measured yet.
 """
 
 from ddpm_jax.config import Config, Data, Diffusion, Model, Train

@@ -1,6 +1,6 @@
 """Your own pictures at 32x32, in colour, on a CPU: --config.data.source=folder:DIR. Some 40 minutes on two cores.
 
-Expected result: it is your data; docs/results.md shows it on emoji.
+Expected result: it is your data.
 """
 
 from ddpm_jax.config import Config, Data, Diffusion, Model, Train

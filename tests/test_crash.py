@@ -58,6 +58,7 @@ def assert_kills_change_nothing(start, tmp_path, options, kills, wait):
     assert_same_end(tmp_path / "run", tmp_path / "unbroken")
 
 
+@pytest.mark.faults
 def test_killed_at_random_moments_it_ends_with_the_same_bits(trained, start, tmp_path):
     """SIGKILL and SIGTERM in turns, the same command again each time."""
     chance, codes = seeded(), []

@@ -58,11 +58,13 @@ VALUES = {name: values(field, kind) for name, field, kind, _ in options.leaves(C
 
 
 def changed(changes):
-    """The default with these changes, and with the two rules between fields kept."""
-    least = min(changes.get("train.sample_steps", 100), changes.get("diffusion.T", 1000))
-    every = changes.get("train.checkpoint_every", 5000)
-    multiple = changes.get("train.keep_every", 0) // every * every
-    return options.replace(Config(), changes | {"train.sample_steps": least, "train.keep_every": multiple})
+    """The default with these changes, and with the rules between fields kept."""
+    changes = {"train.checkpoint_every": 5000, "train.log_every": 100, "diffusion.T": 1000} | changes
+    for name, default in (("train.sample_steps", 100), ("train.evaluate_steps", 20)):
+        changes[name] = min(changes.get(name, default), changes["diffusion.T"])
+    for name, unit in (("train.keep_every", "train.checkpoint_every"), ("train.evaluate_every", "train.log_every")):
+        changes[name] = changes.get(name, 0) // changes[unit] * changes[unit]
+    return options.replace(Config(), changes)
 
 
 CONFIGS = st.fixed_dictionaries({}, optional=VALUES).map(changed)

@@ -53,7 +53,7 @@ def test_fault_14_a_change_is_refused_unless_allowed_by_name(begun, name, value)
 def test_fault_14_what_only_says_how_often_may_change(begun):
     folder, parts, _ = begun
     changes = {name: 3 for name in configs.MAY_CHANGE if isinstance(getattr(parts.config.train, name[6:], None), int)}
-    changes |= {"train.watchdog_abort": True, "train.keep_every": 3, "train.on_nan": "rollback"}
+    changes |= {"train.watchdog_abort": True, "train.on_nan": "rollback", "train.evaluate_num": 30}
     assert len(changes) > 10
     runs.check(folder, configs.replace(parts.config, changes))
 
