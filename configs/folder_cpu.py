@@ -1,4 +1,4 @@
-"""Your own pictures at 32x32, in colour, on a CPU: --config.data.source=folder:DIR. Some 40 minutes on two cores.
+"""Your own pictures at 32x32, in colour, on a CPU: --config.data.source=folder:DIR. Some 50 minutes on two cores.
 
 Expected result: it is your data.
 """
