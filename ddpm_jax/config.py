@@ -161,24 +161,14 @@ class Config:
     train: Train = Train()
 
     def __post_init__(self):
-        if self.train.sample_steps > self.diffusion.T:
-            raise ConfigError(
-                f"train.sample_steps={self.train.sample_steps} must be at most diffusion.T={self.diffusion.T}"
-            )
-        if self.train.evaluate_every and self.train.evaluate_steps > self.diffusion.T:
-            raise ConfigError(
-                f"train.evaluate_steps={self.train.evaluate_steps} must be at most diffusion.T={self.diffusion.T}"
-            )
-        if self.train.evaluate_every % self.train.log_every:
-            raise ConfigError(
-                f"train.evaluate_every={self.train.evaluate_every} must be a multiple of train.log_every="
-                f"{self.train.log_every}"
-            )
-        if self.train.keep_every % self.train.checkpoint_every:
-            raise ConfigError(
-                f"train.keep_every={self.train.keep_every} must be a multiple of train.checkpoint_every="
-                f"{self.train.checkpoint_every}"
-            )
+        for name in ("sample_steps", *(["evaluate_steps"] if self.train.evaluate_every else [])):
+            steps = getattr(self.train, name)
+            if steps > self.diffusion.T:
+                raise ConfigError(f"train.{name}={steps} must be at most diffusion.T={self.diffusion.T}")
+        for name, unit in (("evaluate_every", "log_every"), ("keep_every", "checkpoint_every")):
+            steps, each_of = getattr(self.train, name), getattr(self.train, unit)
+            if steps % each_of:
+                raise ConfigError(f"train.{name}={steps} must be a multiple of train.{unit}={each_of}")
 
 
 # What may differ when a run is taken up again: how long, and how often something is written, not what is computed.

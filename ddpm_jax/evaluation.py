@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-BLOCK = 2048
+BLOCK = 2048  # rows at a time, fewer where they are so long that they would hold more than NUMBERS
+NUMBERS = 2**25
 K = 3  # neighbours whose distance is the radius of a ball in precision and recall
 TWINS = 0.01  # the share of the data that is taken to have a near twin
 FEW = 10_000  # images below which the Frechet distance is visibly biased
@@ -16,8 +17,9 @@ FEW = 10_000  # images below which the Frechet distance is visibly biased
 
 def _blocks(x):
     """(index of the first row, float64 rows) of each block of x."""
-    for start in range(0, len(x), BLOCK):
-        yield start, np.asarray(x[start : start + BLOCK], np.float64)
+    size = max(1, min(BLOCK, NUMBERS // x.shape[1]))
+    for start in range(0, len(x), size):
+        yield start, np.asarray(x[start : start + size], np.float64)
 
 
 def _kernel(a, b):
@@ -33,7 +35,7 @@ def _mean_within(x):
     for i, a in _blocks(x):
         diagonal = _kernel(a, a)
         total += diagonal.sum() - np.trace(diagonal)
-        total += 2 * sum(_kernel(a, b).sum() for _, b in _blocks(x[i + BLOCK :]))
+        total += 2 * sum(_kernel(a, b).sum() for _, b in _blocks(x[i + len(a) :]))
     return total / (len(x) * (len(x) - 1))
 
 
@@ -168,17 +170,14 @@ class Tint(NamedTuple):
 
 
 def tint(images):
-    """The Tint of uint8 images (N, H, W, C)."""
-    firsts, seconds = [], []
-    for _, block in _blocks(images):
-        firsts.append(block.mean((1, 2)))
-        seconds.append((block**2).mean((1, 2)))
-    first, second = np.concatenate(firsts), np.concatenate(seconds)
-    mean, root = first.mean(0), len(first) ** 0.5
+    """The Tint of uint8 images (N, H, W, C); the errors of a single one are 0."""
+    flat = (np.asarray(image, np.float64).reshape(-1, image.shape[-1]) for image in images)
+    first, second = np.array([(pixels.mean(0), (pixels**2).mean(0)) for pixels in flat]).swapaxes(0, 1)
+    mean, root = first.mean(0), max(1, len(first) - 1) ** 0.5
     spread = np.sqrt((second.mean(0) - mean**2).clip(0))
     around = second - 2 * mean * first + mean**2  # of each image, its mean square about the common mean
-    error = around.std(0, ddof=1) / (2 * np.maximum(spread, 1e-9)) / root
-    return Tint(mean, spread, first.std(0, ddof=1) / root, error)
+    error = around.std(0) / (2 * np.maximum(spread, 1e-9)) / root
+    return Tint(mean, spread, first.std(0) / root, error)
 
 
 def is_off(ours, theirs, our_error, their_error, least=2.0, errors=4.0):

@@ -20,6 +20,12 @@ def option(default, help, *rules):
     return dataclasses.field(default=default, metadata={"help": help, "rules": rules})
 
 
+def same_as(cls, name):
+    """The field that the dataclass `cls` has under that name, with its default, meaning and rules."""
+    field = cls.__dataclass_fields__[name]
+    return dataclasses.field(default=field.default, metadata=field.metadata)
+
+
 def at_least(low):
     return f"at least {low}", lambda value: value >= low
 

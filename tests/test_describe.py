@@ -8,7 +8,7 @@ from conftest import assert_one_line
 from PIL import Image
 
 from ddpm_jax.data import __main__ as describe
-from ddpm_jax.data import fingerprint, load, statistics
+from ddpm_jax.data import fingerprint, load
 
 
 @pytest.fixture
@@ -45,11 +45,11 @@ def test_size_and_channels(call, source):
     assert "6 images of 2x2x1" in call(describe, source, "--image-size=2", "--channels=1")[1]
 
 
-def test_statistics_of_more_than_a_block():
-    images = np.random.default_rng(0).integers(0, 256, (2345, 3, 2, 3), np.uint8)
-    images[..., 1] //= 3
-    values = images.reshape(-1, 3) / 255
-    np.testing.assert_allclose(statistics(images), [values.mean(0), values.std(0)], rtol=1e-12)
+def test_a_single_image(call, tmp_path):
+    np.savez(tmp_path / "a.npz", images=np.repeat(np.uint8([51, 153]), 8).reshape(1, 4, 4))
+    code, said, told = call(describe, f"npz:{tmp_path / 'a.npz'}")
+    assert (code, told) == (0, "")
+    assert "1 images of 4x4x1\nmean 0.40000 std 0.20000 (0 black, 1 white)\n" in said
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,11 @@ def random():
     return np.random.default_rng(0)
 
 
-@pytest.fixture(params=[2048, 7], ids=["one block", "blocks of 7"])
+@pytest.fixture(
+    params=[("BLOCK", 2048), ("BLOCK", 7), ("NUMBERS", 21)], ids=["one block", "of 7 rows", "of 21 numbers"]
+)
 def block(request, monkeypatch):
-    monkeypatch.setattr(evaluation, "BLOCK", request.param)
+    monkeypatch.setattr(evaluation, *request.param)
 
 
 def rotation(random, d):

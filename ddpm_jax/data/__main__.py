@@ -5,20 +5,19 @@ import logging
 import sys
 
 from ddpm_jax import errors, options
+from ddpm_jax.config import Data
 
 
 @dataclasses.dataclass(frozen=True)
 class Args(options.Arguments):
     source: str = options.option("", "digits, tfds:NAME, folder:DIR or npz:FILE; also as the first word")
-    split: str = options.option("train", "split of a tfds source, in the spelling of TFDS")
-    image_size: tuple[int, ...] = options.option(
-        (), "height,width in pixels; one number for a square", options.each(options.at_least(1))
-    )
-    channels: int = options.option(0, "1 gray, 3 RGB, 0 for the data's own", options.one_of(0, 1, 3))
+    split: str = options.same_as(Data, "split")
+    image_size: tuple[int, ...] = options.same_as(Data, "image_size")
+    channels: int = options.same_as(Data, "channels")
     files: str = options.option("", "folder with the archives of a tfds source; empty to download them")
-    max_unreadable: float = options.option(0.1, "share of a folder's files that may be unreadable", options.at_least(0))
-    data_dir: str = options.option("", "folder of prepared TFDS data sets; empty for TFDS's own default")
-    cache_dir: str = options.option("~/.cache/ddpm_jax", "folder of decoded images")
+    max_unreadable: float = options.same_as(Data, "max_unreadable")
+    data_dir: str = options.same_as(Data, "data_dir")
+    cache_dir: str = options.same_as(Data, "cache_dir")
     num: int = options.option(64, "images in the grid, evenly spaced in the data", options.at_least(1))
     out: str = options.option("", "PNG to write a grid of images to")
     debug: bool = options.option(False, "show tracebacks")
@@ -35,13 +34,14 @@ def main():
 
     import numpy as np
 
-    from ddpm_jax import data
+    from ddpm_jax import data, evaluation
 
     logging.getLogger("absl").setLevel(logging.ERROR)  # TFDS warns of what is as it should be
     named = {name: value for name, value in vars(args).items() if name not in ("num", "out", "debug")}
     dataset = data.load(**named)
     count, height, width, channels = dataset.images.shape
-    mean, std = data.statistics(dataset.images)
+    found = evaluation.tint(dataset.images)
+    mean, std = found.mean / 255, found.spread / 255
     print(f"{count:,} images of {height}x{width}x{channels}")
     print("mean", *(f"{value:.5f}" for value in mean), "std", *(f"{value:.5f}" for value in std), "(0 black, 1 white)")
     if dataset.labels is not None:

@@ -31,17 +31,6 @@ def fingerprint(dataset):
     return f"{'x'.join(map(str, images.shape))}-{crc:08x}"
 
 
-def statistics(images):
-    """(mean, standard deviation) of each channel of uint8 (N, H, W, C), over all pixels, 255 being 1; float64 (C,)."""
-    counts = np.zeros((images.shape[-1], 256))
-    for first in range(0, len(images), 1000):  # so that memory stays flat
-        some = images[first : first + 1000]
-        counts += [np.bincount(some[..., channel].ravel(), minlength=256) for channel in range(images.shape[-1])]
-    levels, shares = np.arange(256) / 255, counts / counts.sum(1, keepdims=True)
-    mean = shares @ levels
-    return mean, np.sqrt(((levels - mean[:, None]) ** 2 * shares).sum(1))
-
-
 @contextlib.contextmanager
 def _reading(images, index):
     """Where `images` are mapped from a file: read the rows `index` at once, and no others.
