@@ -48,7 +48,6 @@ def one_parameter(optimizer, w=0.0):
     return training.init_state({"w": jnp.float32(w)}, optimizer)
 
 
-@pytest.mark.slow
 def test_fault_62_sgd_gradient_and_all_replicas_are_the_same_on_1_2_and_8_devices(tiny, tiny_loss):
     optimizer = optax.sgd(1.0)
     step = training.make_train_step(tiny_loss, optimizer, 0.9)
