@@ -13,6 +13,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 
 from ddpm_jax.errors import ConfigError
 
@@ -33,25 +34,76 @@ def time_embedding(t, channels, scale=1.0, shift=1, cos_first=False):
     return jnp.pad(jnp.concatenate(waves), (0, channels % 2))
 
 
-def convolution(features, size, dtype, stride=1, zero=False, name=None, padding="SAME"):
-    """A convolution (H, W, C) -> (H / stride, W / stride, features); every one of the network is made here."""
+def convolution(features, size, dtype, stride=1, zero=False, name=None, padding="SAME", double=False):
+    """A convolution (H, W, C) -> (H / stride, W / stride, features); every one of the network is made here.
+
+    With `double` the pixels are repeated first, (H, W, C) -> (2 H, 2 W, features).
+    """
     init = nn.initializers.zeros if zero else fan_avg
-    return nn.Conv(features, (size, size), stride, padding=padding, dtype=dtype, kernel_init=init, name=name)
+    make = _doubled if double else None
+    return nn.Conv(
+        features, (size, size), stride, padding, dtype=dtype, kernel_init=init, name=name, conv_general_dilated=make
+    )
+
+
+def _doubled(x, kernel, strides, padding, dimension_numbers, **options):
+    """The 3x3 convolution of x (1, H, W, C) with each pixel repeated 2x2.
+
+    There every window sees only 2x2 different pixels, with one of four sums of the kernel's rows and columns; these are
+    four convolutions of x itself, with 4/9 of the products.
+    """
+
+    def halves(kernel, axis):
+        first, middle, last = jnp.split(kernel, 3, axis)
+        return jnp.concatenate([first, middle + last], axis), jnp.concatenate([first + middle, last], axis)
+
+    def part(kernel, i, j):
+        padding = [(1 - i, i), (1 - j, j)]
+        return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=dimension_numbers)
+
+    rows = [
+        jnp.stack([part(k, i, j) for j, k in enumerate(halves(row, 1))], 3) for i, row in enumerate(halves(kernel, 0))
+    ]
+    _, height, width, _ = x.shape
+    return jnp.stack(rows, 2).reshape(1, 2 * height, 2 * width, -1)
 
 
 def dense(features, dtype, zero=False, name=None):
     return nn.Dense(features, dtype=dtype, kernel_init=nn.initializers.zeros if zero else fan_avg, name=name)
 
 
+class GroupNorm(nn.Module):
+    """Group norm of an image, in float32: each group of channels to mean 0 and variance 1, then scale and bias.
+
+    The sums go over the pixels of each channel first and over the channels of a group last, which XLA does on a CPU 15
+    times faster than the sum over a group at once, that of nn.GroupNorm.
+    """
+
+    groups: int
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x):
+        channels = x.shape[-1]
+
+        def mean(x):
+            return x.mean((0, 1)).reshape(self.groups, -1).mean(1).repeat(channels // self.groups)
+
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        x = x.astype(jnp.float32)
+        x -= mean(x)
+        return x * (lax.rsqrt(mean(x**2) + self.epsilon) * scale) + bias
+
+
 def group_norm(groups, channels, name=None, block="the U-Net", epsilon=1e-6):
-    """Group norm in float32. On one image all three axes are named, else Linen takes the first for the batch."""
     groups = largest_divisor(channels) if groups == "auto" else groups
     if channels % groups:
         raise ConfigError(
             f"model.groups={groups} does not divide the {channels} channels of {block}; "
             f"take model.channels that are a multiple of {groups}, or model.groups=auto"
         )
-    return nn.GroupNorm(groups, epsilon=epsilon, reduction_axes=(-3, -2, -1), use_fast_variance=False, name=name)
+    return GroupNorm(groups, epsilon, name=name)
 
 
 class ResBlock(nn.Module):
@@ -171,8 +223,7 @@ class UNet(nn.Module):
                 h = jnp.concatenate([h, skips.pop()], -1)
                 h = attend(block(h, width, f"up_{level}_block_{i}"), f"up_{level}_attention_{i}")
             if level:
-                h = h.repeat(2, 0).repeat(2, 1)
-                h = convolution(width, 3, self.dtype, name=f"up_{level}_double")(h)
+                h = convolution(width, 3, self.dtype, name=f"up_{level}_double", double=True)(h)
 
         h = nn.swish(group_norm(self.groups, h.shape[-1], "norm_out", epsilon=self.norm_eps)(h))
         return convolution(self.out_channels, 3, jnp.float32, zero=True, name="conv_out")(h)

@@ -79,6 +79,19 @@ def test_strided_convolution_pads_below_and_right():
     np.testing.assert_array_equal(found[..., 0], x[1::2, 1::2, 0])
 
 
+def test_doubling_is_the_convolution_of_repeated_pixels():
+    """The products written out in float64; every place of the result, so edges and corners too."""
+    x = np.random.default_rng(0).normal(size=(3, 5, 2))
+    layer = unet.convolution(4, 3, jnp.float32, double=True)
+    params = random_params(lambda key: layer.init(key, jnp.asarray(x, jnp.float32))["params"])
+    found = layer.apply({"params": params}, jnp.asarray(x, jnp.float32))
+
+    kernel, bias = (np.asarray(params[name], np.float64) for name in ("kernel", "bias"))
+    large = np.pad(np.kron(x, np.ones((2, 2, 1))), ((1, 1), (1, 1), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(large, (3, 3), (0, 1))
+    np.testing.assert_allclose(found, np.einsum("hwcij,ijcf->hwf", windows, kernel) + bias, atol=1e-5)
+
+
 def test_output_is_zero_at_initialisation():
     init, net = unet.make_unet((8, 8, 1), **TINY)
     np.testing.assert_array_equal(jax.jit(net)(jax.jit(init)(jax.random.key(0)), IMAGE, 5), 0)
@@ -126,9 +139,9 @@ def test_sizes_that_do_not_fit_are_refused(shape, changes, message):
 def test_auto_groups_take_the_largest_divisor():
     net, params = build(channels=14, groups="auto")
     assert jax.eval_shape(net, params, IMAGE, 1).shape == (8, 8, 1)
-    assert unet.group_norm("auto", 14).num_groups == 14
-    assert unet.group_norm("auto", 96).num_groups == 32
-    assert unet.group_norm("auto", 70).num_groups == 14
+    assert unet.group_norm("auto", 14).groups == 14
+    assert unet.group_norm("auto", 96).groups == 32
+    assert unet.group_norm("auto", 70).groups == 14
 
 
 def test_fault_35_an_attention_resolution_never_met_is_told():
