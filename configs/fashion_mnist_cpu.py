@@ -1,6 +1,6 @@
-"""Fashion-MNIST at its own 28x28, gray, 60,000 pieces of clothing, in about 70 minutes on two CPU cores.
+"""Fashion-MNIST at its own 28x28, gray, 60,000 pieces of clothing, in about an hour on two CPU cores.
 
-Expected result: not measured yet.
+Expected: loss about 0.042 over the last 100 of 8000 steps; samples that read as clothes (docs/results.md).
 """
 
 from ddpm_jax.config import Config, Data, Diffusion, Model, Train
