@@ -40,14 +40,12 @@ def convolution(features, size, dtype, stride=1, zero=False, name=None, padding=
     With `double` the pixels are repeated first, (H, W, C) -> (2 H, 2 W, features).
     """
     init = nn.initializers.zeros if zero else fan_avg
-    make = _doubled if double else None
-    return nn.Conv(
-        features, (size, size), stride, padding, dtype=dtype, kernel_init=init, name=name, conv_general_dilated=make
-    )
+    options = {"conv_general_dilated": _doubled} if double else {}
+    return nn.Conv(features, (size, size), stride, padding, dtype=dtype, kernel_init=init, name=name, **options)
 
 
-def _doubled(x, kernel, strides, padding, dimension_numbers, **options):
-    """The 3x3 convolution of x (1, H, W, C) with each pixel repeated 2x2.
+def _doubled(x, kernel, strides, _, dimension_numbers, **options):
+    """The 3x3 SAME convolution of x (1, H, W, C) with each pixel repeated 2x2; the signature is nn.Conv's.
 
     There every window sees only 2x2 different pixels, with one of four sums of the kernel's rows and columns; these are
     four convolutions of x itself, with 4/9 of the products.
@@ -97,6 +95,7 @@ class GroupNorm(nn.Module):
 
 
 def group_norm(groups, channels, name=None, block="the U-Net", epsilon=1e-6):
+    """The GroupNorm of `channels` in `groups`, or in "auto"; ConfigError, which names the block, if they do not fit."""
     groups = largest_divisor(channels) if groups == "auto" else groups
     if channels % groups:
         raise ConfigError(
