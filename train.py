@@ -3,6 +3,7 @@
 The same command again resumes. Everything of the run is in its folder; sample.py needs nothing else.
 """
 
+import collections
 import contextlib
 import dataclasses
 import sys
@@ -31,6 +32,7 @@ class Args(options.Arguments):
     )
     strict_data: bool = options.option(False, "take no folder with a picture that cannot be read")
     dry_run: bool = options.option(False, "build, count, compile, take one step on made-up data, and leave")
+    topology: str = options.option("", "with --dry-run: compile for TPU chips that are not here, such as v5e:2x4")
     platform: str = options.option("auto", "what to run on", options.one_of("auto", "cpu", "gpu", "tpu"))
     distributed: str = options.option("auto", "several processes: auto, off or HOST:PORT,ID,COUNT")
     heartbeat: int = options.option(
@@ -55,6 +57,8 @@ def main():
 
     checkpoint.quiet()
     config = args.config.train
+    if args.topology and not args.dry_run:
+        raise errors.ConfigError(f"--topology={args.topology} only compiles; add --dry-run")
     parallel.start(
         config.batch_size, config.accumulate, args.platform, args.distributed, args.cpu_devices, args.heartbeat
     )
@@ -63,8 +67,15 @@ def main():
     less = f"try a train.batch_size smaller than {config.batch_size}, train.accumulate=2 or more, or model.remat=true"
     with parallel.among_others(), signals.caught() as asked, parallel.memory_for(less):
         if args.dry_run:
-            parallel.check_batch_size(config.batch_size, config.accumulate)
-            return dry_run(args.config, say)
+            from ddpm_jax.reports import dry_run
+
+            devices = parallel.topology(args.topology) if args.topology else None
+            parallel.check_batch_size(config.batch_size, config.accumulate, devices)
+            if devices:
+                dry_run.for_topology(args.config, devices, say)
+            else:
+                dry_run.dry_run(args.config, say)
+            return 0
         parts, dataset = parallel.together(lambda: prepare(args, workdir, say))
         fingerprint = data.fingerprint(dataset)
         there = checkpoint.steps(workdir / "checkpoints")
@@ -112,7 +123,7 @@ class Run(NamedTuple):
     dataset: Any
     workdir: Path
     entries: dict  # what the checkpoints' meta says besides the state
-    train_step: Callable  # mapped over the devices
+    train_step: Callable  # several steps at a call, mapped over the devices
     write_grid: Callable
     evaluate: Callable
     asked: Callable  # () -> exit code or None
@@ -128,7 +139,7 @@ def train(parts, dataset, fingerprint, workdir, asked, say, step=None, allowed=(
     """Algorithm 1 from the newest checkpoint, that of `step` or from the beginning to the last step; the exit code."""
     import jax
 
-    from ddpm_jax import checkpoint, experiment, parallel, runs, signals
+    from ddpm_jax import checkpoint, experiment, parallel, runs, signals, training
 
     config, folder = parts.config.train, workdir / "checkpoints"
     init_state, train_step = experiment.make_training(parts)
@@ -136,7 +147,8 @@ def train(parts, dataset, fingerprint, workdir, asked, say, step=None, allowed=(
     fixed |= {"data": fingerprint, "devices": parallel.describe()}
     rollbacks, tries, failure, branch = 0, {}, None, step
     with signals.watchdog(config.watchdog, config.watchdog_abort) as feed:
-        train_step, write_grid = parallel.pmap_step(train_step), make_grid_writer(parts, workdir, feed)
+        train_step = parallel.pmap_step(training.several_steps(train_step))
+        write_grid = make_grid_writer(parts, workdir, feed)
         evaluate = make_evaluator(parts, dataset, feed, say)
         while True:
             state, meta = None, {"window": [], "rollbacks": 0}
@@ -170,10 +182,13 @@ def follow(run, state, window):
 
     window: the metrics of the steps since the last line of the log.
     """
+    import jax
+    import numpy as np
+
     from ddpm_jax import averages, checkpoint, data, experiment, keys, log, parallel, training
 
     config, say, again = run.parts.config.train, run.say, run.entries["rollbacks"]
-    first, last = int(state.step), config.steps
+    first, last, at_once = int(state.step), config.steps, config.steps_per_call
     if parallel.is_first():
         averages.drop_after(run.workdir / "averages", first - int(state.skipped))
     rows, root = parallel.local_rows(config.batch_size), keys.root(config.seed, f"train {again}" if again else "train")
@@ -187,31 +202,36 @@ def follow(run, state, window):
         manager = checkpoint.open_manager(run.workdir / "checkpoints", config.keep, config.keep_every)
         stack.callback(checkpoint.close, manager)
         keep, agree = checkpoint.make_keeper(manager), parallel.make_agree()
-        batches = data.prefetch(
-            lambda step: parallel.shard(data.batch(run.dataset, config.seed, step, config.batch_size, rows, again)),
-            first,
-            last,
-        )
+
+        def make_batches(call):
+            steps = range(max(first, call * at_once), min(last, (call + 1) * at_once))
+            made = (data.batch(run.dataset, config.seed, step, config.batch_size, rows, again) for step in steps)
+            return len(steps), jax.tree.map(lambda *x: np.stack(x, 1), *map(parallel.shard, made))
+
+        batches = data.prefetch(make_batches, first // at_once, -(-last // at_once))
         stack.enter_context(contextlib.closing(batches))
         stack.enter_context(parallel.among_others())  # before the others are waited for in closing
         begun, busy, waited, logged, known = time.monotonic(), 0.0, 0.0, first, first
-        for step in range(first + 1, last + 1):
+        step, unread = first, collections.deque()
+        while step < last:
             clock = time.monotonic()
-            batch = next(batches)
+            taken, batch = next(batches)
             waited += time.monotonic() - clock
             state, metrics = run.train_step(state, batch, root)
-            window.append(metrics)
+            step += taken
+            unread.append(metrics)
             code = agree(run.asked())
             at_log, at_save = step % config.log_every == 0, step % config.checkpoint_every == 0
             ending = code is not None or step == last
-            # Read the metrics one step late, while the device works on, except where they are needed now.
-            for past in range(known + 1, step + (at_log or at_save or ending)):
-                window[past - step - 1] = on_host(window[past - step - 1])
-                check_finite(window[past - step - 1], past, config, manager)
-                known = past
+            # Read the metrics one call late, while the device works on, except where they are needed now.
+            while len(unread) > (not (at_log or at_save or ending)):
+                for row in on_host(unread.popleft()):
+                    known += 1
+                    check_finite(row, known, config, manager)
+                    window.append(row)
             busy += time.monotonic() - clock
-            if step == first + 1:
-                on_host(metrics)
+            if step == first + taken:
+                jax.block_until_ready(metrics)
                 say(f"first step, compilation included: {time.monotonic() - clock:.1f} s")
                 busy, waited, logged = 0.0, 0.0, step
             run.feed()
@@ -260,8 +280,11 @@ def store_averages(workdir, lengths, state):
 
 
 def on_host(metrics):
-    """Metrics as plain numbers; waits until their step is done."""
-    return {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
+    """The metrics of each step of a call, as plain numbers; waits until they are done."""
+    import jax
+
+    columns = {name: values.tolist() for name, values in jax.device_get(metrics).items()}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def check_finite(row, step, config, manager):
@@ -348,34 +371,6 @@ def make_evaluator(parts, dataset, feed, say):
         return found
 
     return evaluate
-
-
-def dry_run(config, say):
-    """Build and compile everything, take one step on made-up images, and report; nothing is written."""
-    import numpy as np
-
-    from ddpm_jax import data, experiment, keys, parallel
-
-    size, channels = config.data.image_size, config.data.channels
-    known = (*(size * 2)[:2], channels) if size and channels else None  # one number is a square
-    shape = known or data.load(**vars(config.data)).images.shape[1:]
-    parts = experiment.make(config, shape)
-    say(f"U-Net of {experiment.parameter_count(parts):,} parameters for images of {'x'.join(map(str, shape))}")
-    init_state, train_step = experiment.make_training(parts)
-    state, root = parallel.replicate(init_state()), keys.root(config.train.seed, "train")
-    made_up = np.random.default_rng(0).integers(0, 256, (config.train.batch_size, *shape), np.uint8)
-    dataset = data.Dataset(made_up, np.zeros(len(made_up), np.int32) if config.model.num_classes else None)
-    rows = parallel.local_rows(config.train.batch_size)
-    batch = parallel.shard(data.batch(dataset, 0, 0, config.train.batch_size, rows))
-    clock = time.monotonic()
-    compiled = parallel.pmap_step(train_step).lower(state, batch, root).compile()
-    memory = compiled.memory_analysis()
-    held, used = memory.argument_size_in_bytes / 1e6, memory.temp_size_in_bytes / 1e6
-    say(f"compiled in {time.monotonic() - clock:.1f} s; a device holds {held:,.0f} MB, a step uses {used:,.0f} MB more")
-    clock = time.monotonic()
-    metrics = on_host(compiled(state, batch, root)[1])
-    say(f"one step took {time.monotonic() - clock:.2f} s, loss {metrics['loss']:.4f}; dry run done, nothing written")
-    return 0
 
 
 if __name__ == "__main__":

@@ -134,6 +134,9 @@ class Train(Section):
         1800, "seconds without a finished step after which all stacks are shown; 0 for never", at_least(0), below(10**6)
     )
     watchdog_abort: bool = option(False, "then also end the process, for a supervisor to start it again")
+    steps_per_call: int = option(
+        1, "steps that the devices take without asking the host; the numbers of steps below are multiples", at_least(1)
+    )
     seed: int = option(0, "seed of everything random", at_least(0), ("below 2**32", lambda v: v < 2**32))
     log_every: int = option(100, "steps between two lines of metrics", at_least(1))
     checkpoint_every: int = option(5000, "steps between two checkpoints", at_least(1))
@@ -165,7 +168,9 @@ class Config:
             steps = getattr(self.train, name)
             if steps > self.diffusion.T:
                 raise ConfigError(f"train.{name}={steps} must be at most diffusion.T={self.diffusion.T}")
-        for name, unit in (("evaluate_every", "log_every"), ("keep_every", "checkpoint_every")):
+        units = [("evaluate_every", "log_every"), ("keep_every", "checkpoint_every")]
+        often = "log_every", "checkpoint_every", "sample_every", "average_every"
+        for name, unit in (*units, *((name, "steps_per_call") for name in often)):
             steps, each_of = getattr(self.train, name), getattr(self.train, unit)
             if steps % each_of:
                 raise ConfigError(f"train.{name}={steps} must be a multiple of train.{unit}={each_of}")

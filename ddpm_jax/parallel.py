@@ -11,6 +11,9 @@ import os
 import re
 import threading
 import warnings
+import zlib
+from pathlib import Path
+from platform import machine
 
 import jax
 import numpy as np
@@ -21,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ddpm_jax.errors import INTERRUPTED, PREEMPTED, ConfigError, Diverged, LostProcess, OutOfMemory, UserError
 
 AXIS = "batch"
+COMPILED = "~/.cache/ddpm_jax/compiled"  # where compiled programs are kept between runs
 
 
 def start(batch_size, accumulate=1, platform="auto", distributed="auto", cpu_devices=0, heartbeat=100):
@@ -34,6 +38,8 @@ def start(batch_size, accumulate=1, platform="auto", distributed="auto", cpu_dev
     """
     if platform != "auto":
         jax.config.update("jax_platforms", platform)
+    if jax.config.jax_compilation_cache_dir is None:  # not told by JAX_COMPILATION_CACHE_DIR
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(f"{COMPILED}/{_processor()}"))
     if not cpu_devices and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         fits = [n for n in range(2, cores + 1) if batch_size % (n * accumulate) == 0 and batch_size // n >= 16]
@@ -69,6 +75,15 @@ def start(batch_size, accumulate=1, platform="auto", distributed="auto", cpu_dev
     # Connect all devices now: XLA waits 30 s for the others to connect, but after that for as long as they need.
     gather("")
     make_agree()(None)
+
+
+def _processor():
+    """A name for this kind of processor: a program compiled for one can crash on another that shares the folder."""
+    try:
+        said = re.findall(r"^(?:model name|flags|Features)\s*:.*", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        said = []
+    return f"{machine()}-{zlib.crc32(' '.join(sorted(set(said))).encode()):08x}"
 
 
 def _among_several():
@@ -166,9 +181,28 @@ def memory_for(what):
         raise OutOfMemory(f"a device has too little memory ({str(error).splitlines()[0][:160]}); {what}") from error
 
 
-def check_batch_size(batch_size, accumulate=1):
-    """Raise ConfigError unless the batch divides evenly over all devices and micro-batches."""
-    devices = jax.device_count()
+def topology(name):
+    """The devices of a TPU slice that is not here, such as v5e:2x4, to compile for.
+
+    Raises ConfigError without libtpu, and for a name that it does not know.
+    """
+    if not importlib.util.find_spec("libtpu"):
+        raise ConfigError(f"--topology={name} needs TPU's compiler: pip install ddpm-jax[tpu]")
+    from jax.experimental import topologies
+
+    # libtpu looks for a TPU around it, and says at length that there is none.
+    for variable, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost")):
+        os.environ.setdefault(variable, value)
+    try:
+        return topologies.get_topology_desc(name, "tpu").devices
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        said = str(error).splitlines()[0][:160]
+        raise ConfigError(f"--topology={name} is not known ({said}); try v5e:2x4, v6e:2x2 or v4:2x2x2") from error
+
+
+def check_batch_size(batch_size, accumulate=1, devices=None):
+    """Raise ConfigError unless the batch divides evenly over all `devices` and micro-batches."""
+    devices = len(devices or jax.devices())
     unit = devices * accumulate
     if batch_size % unit:
         near = [size for size in (batch_size // unit * unit, -(-batch_size // unit) * unit) if size]
@@ -193,9 +227,10 @@ def replicate(tree):
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def pmap_step(train_step):
-    """The train step over all devices of all processes; the state it is given is used up (donated)."""
-    return jax.pmap(train_step, axis_name=AXIS, in_axes=(None, 0, None), out_axes=None, donate_argnums=0)
+def pmap_step(train_step, devices=None):
+    """The train step over all `devices` of all processes; the state it is given is used up (donated)."""
+    axes = {"in_axes": (None, 0, None), "out_axes": None}
+    return jax.pmap(train_step, axis_name=AXIS, **axes, devices=devices, donate_argnums=0)
 
 
 def pmap_rows(measure):

@@ -193,6 +193,22 @@ def make_train_step(
     return train_step
 
 
+def several_steps(train_step):
+    """`train_step` over batches with a leading axis of steps, (n, b, ...), in one call; its metrics have it too."""
+
+    def steps(state, batches, root):
+        return _loop(lambda state, batch: train_step(state, batch, root), state, batches)
+
+    return steps
+
+
+def _loop(body, carry, parts):
+    """lax.scan. XLA on CPU runs the gradient of a convolution about 20 times slower inside a loop (measured), so there
+    it is none: the body is written out once for each part."""
+    unroll = len(jax.tree.leaves(parts)[0]) if jax.default_backend() == "cpu" else 1
+    return lax.scan(body, carry, parts, unroll=unroll)
+
+
 def _mean_over_parts(function, parts, params, *args):
     """The mean of function(params, *part) over `parts` equal cuts of the leading axis of `args`, one after another."""
     if parts == 1:
@@ -203,6 +219,5 @@ def _mean_over_parts(function, parts, params, *args):
 
     cuts = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), args)
     zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, params, *jax.tree.map(lambda x: x[0], cuts)))
-    # XLA on CPU runs the gradient of a convolution about 20 times slower inside a loop (measured), so unroll it there.
-    total, _ = lax.scan(body, zero, cuts, unroll=parts if jax.default_backend() == "cpu" else 1)
+    total, _ = _loop(body, zero, cuts)
     return jax.tree.map(lambda x: x / parts, total)

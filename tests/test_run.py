@@ -78,6 +78,48 @@ def test_dry_run_writes_nothing(script, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_steps_in_one_call_and_a_stop_within_them(script, tmp_path):
+    """The run of one step a call to rounding; stopped and resumed, the same bits as one that was not stopped."""
+    common, at_once = [*SMALL, "--cpu-devices=1"], ["--config.train.steps_per_call=5", "--config.train.log_every=10"]
+
+    def params(name, *options, steps=20):
+        done = script("train.py", *common, f"--config.train.steps={steps}", f"--workdir={tmp_path / name}", *options)
+        assert done.returncode == 0, done.stderr
+        return checkpoint.load(tmp_path / name / "checkpoints", ["params"])[1]["params"]
+
+    single, whole = params("single"), params("whole", *at_once)
+    params("parts", *at_once, steps=13)  # not a multiple: the last call is shorter, and so is the first one after it
+    parts = params("parts", *at_once)
+    for a, b, c in zip(*map(jax.tree.leaves, (single, whole, parts)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+        np.testing.assert_allclose(b, c, atol=1e-4)
+    assert [row["step"] for row in metrics(tmp_path / "parts")] == [10, 13, 20]
+
+
+def test_compiled_programs_are_kept_for_the_next_run(script, tmp_path):
+    """Where the user's cache is; a home that cannot be written does no harm."""
+    options = [*SMALL, "--cpu-devices=1", "--dry-run", "--config.data.image_size=8", "--config.data.channels=1"]
+    own = {"HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": ""}
+
+    def kept():
+        done = script("train.py", *options, **own)
+        assert done.returncode == 0, done.stderr
+        return sorted(path.name for path in (tmp_path / ".cache/ddpm_jax/compiled").glob("*/*-cache"))
+
+    first = kept()
+    assert any("_fun" in name for name in first)
+    assert kept() == first
+    done = script("train.py", *options, **own | {"HOME": "/proc"})
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_topology_is_only_compiled_for(script, tmp_path):
+    done = script("train.py", "--topology=v5e:2x4", f"--workdir={tmp_path}/run")
+    assert done.returncode == 2
+    assert_one_line(done)
+    assert "--topology=v5e:2x4 only compiles; add --dry-run" in done.stderr
+
+
 MISTAKES = {
     "fault_28 unknown key": (["train.py", "--config.train.lrr=1"], 2, "did you mean --config.train.learning_rate?"),
     "fault_29 wrong type": (

@@ -13,6 +13,7 @@ from conftest import assert_one_line, make_run
 import evaluate
 import sample
 from ddpm_jax import checkpoint, parallel, training
+from ddpm_jax.reports import dry_run
 
 ROOT = jax.random.key(0)
 
@@ -92,6 +93,42 @@ def test_micro_batches_in_a_loop_give_the_mean():
         patch.setattr(jax, "default_backend", lambda: "tpu")
         found = jax.jit(lambda x: training._mean_over_parts(lambda p, x: {"m": p * x.mean()}, 3, 2.0, x))(data)
     assert found["m"] == pytest.approx(11.0)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "tpu"])
+def test_several_steps_in_a_call_are_the_steps_one_by_one(monkeypatch, backend):
+    """Each with its own batch and draws; written out, as on a CPU, and in a loop, as on accelerators."""
+
+    def drawn(params, key, x_0, label, u):
+        return 0.5 * (params["w"] - jnp.mean(x_0) - u) ** 2
+
+    optimizer = optax.adam(0.1)
+    step, start = training.make_train_step(drawn, optimizer, 0.9), one_parameter(optimizer, 3.0)
+    batches, state, losses = [batch_of(8, seed=seed) for seed in range(3)], start, []
+    for batch in batches:
+        state, metrics = run(step, state, batch, 2)
+        losses.append(float(metrics["loss"]))
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    stacked = jax.tree.map(lambda *x: np.stack([part.reshape(2, 4, *part.shape[1:]) for part in x], 1), *batches)
+    mapped = parallel.pmap_step(training.several_steps(step), jax.devices()[:2])
+    found, metrics = mapped(start, stacked, ROOT)
+    assert int(found.step) == 3
+    np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-6)
+    assert float(found.params["w"]) == pytest.approx(float(state.params["w"]), rel=1e-6)
+    assert float(found.ema_params["w"]) == pytest.approx(float(state.ema_params["w"]), rel=1e-6)
+
+
+def test_one_exchange_a_step_of_the_gradient_and_the_metrics(tiny, tiny_loss):
+    """In the compiled program for 8 devices: a single all-reduce, of no more than the parameters and a few numbers."""
+    optimizer = training.make_optimizer(1e-3, 1.0)
+    step, start = training.make_train_step(tiny_loss, optimizer, 0.9), training.init_state(tiny[1], optimizer)
+    lowered = parallel.pmap_step(step).lower(parallel.replicate(start), parallel.shard(batch_of(16)), ROOT)
+    found = dry_run.collectives(lowered.compile().as_text())
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(tiny[1]))
+    assert list(found) == ["all-reduce"]
+    number, exchanged = found["all-reduce"]
+    assert number == 1
+    assert 0.95 * size < exchanged <= size + 32
 
 
 def test_gradient_is_that_of_the_mean_over_images():

@@ -1,6 +1,8 @@
-"""What evaluate.py tells: the likelihood of a run (likelihood.py), how far its samples are from the data (samples.py).
+"""What evaluate.py tells: the likelihood of a run (likelihood.py), how far its samples are from the data (samples.py);
+and what a training step will take (dry_run.py).
 
-Each number is a dict {"value", "standard_error", "unit", "settings", ...} that rests on nothing but what is in it.
+Each number of evaluate.py is a dict {"value", "standard_error", "unit", "settings", ...} that rests on nothing but what
+is in it.
 """
 
 from ddpm_jax.reports import likelihood, samples

@@ -1,0 +1,100 @@
+"""What a training step takes, found by compiling it for the devices here, or for TPU chips that are elsewhere."""
+
+import collections
+import math
+import re
+import time
+
+import jax
+import numpy as np
+
+from ddpm_jax import data, experiment, keys, parallel
+
+# Of a chip: products in bfloat16 a second, bytes of memory, bytes a second from it and from the other chips.
+# From cloud.google.com/tpu/docs, the pages of v4, v5e, v5p and v6e.
+PEAKS = {
+    "TPU v4": (275e12, 32e9, 1228e9, 300e9),
+    "TPU v5 lite": (197e12, 16e9, 819e9, 200e9),
+    "TPU v5": (459e12, 95e9, 2765e9, 600e9),
+    "TPU v6 lite": (918e12, 32e9, 1640e9, 448e9),
+}
+
+
+def dry_run(config, say):
+    """Build and compile everything, take one step on made-up images, and report; nothing is written."""
+    parts, batch = made_up(config)
+    _describe(parts, say)
+    batch = parallel.shard(jax.tree.map(lambda x: x[parallel.local_rows(len(x))], batch))
+    init_state, train_step = experiment.make_training(parts)
+    state, root = parallel.replicate(init_state()), keys.root(config.train.seed, "train")
+    compiled = _compile(parallel.pmap_step(train_step), state, batch, root, say)
+    clock = time.monotonic()
+    loss = compiled(state, batch, root)[1]["loss"].item()
+    say(f"one step took {time.monotonic() - clock:.2f} s, loss {loss:.4f}; dry run done, nothing written")
+
+
+def for_topology(config, devices, say):
+    """Compile the step for `devices` that are not here, and tell what it takes of each and what it cannot beat."""
+    parts, batch = made_up(config)
+    _describe(parts, say)
+    init_state, train_step = experiment.make_training(parts)
+    state, root = jax.eval_shape(init_state), jax.eval_shape(lambda: keys.root(config.train.seed, "train"))
+    batch = jax.eval_shape(lambda: jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), batch))
+    compiled = _compile(parallel.pmap_step(train_step, devices), state, batch, root, say)
+    flops, moved = (compiled.cost_analysis()[name] for name in ("flops", "bytes accessed"))
+    say(f"{flops / 1e9:,.1f} GFLOP and {moved / 1e9:,.2f} GB to and from memory a step on each chip")
+    exchanged = collectives(compiled.as_text())
+    for name, (number, size) in exchanged.items():
+        say(f"{number} {name} of {size / 1e6:,.1f} MB")
+    kind = devices[0].device_kind
+    if kind not in PEAKS:
+        say(f"{kind}: no peak figures are known here, so there is no estimate")
+        return
+    speed, memory, bandwidth, link = PEAKS[kind]
+    held = compiled.memory_analysis()
+    share = (held.argument_size_in_bytes + held.temp_size_in_bytes) / memory
+    say(f"{share:.1%} of a chip's {memory / 1e9:.0f} GB of memory")
+    ring = 2 * (len(devices) - 1) / len(devices) * sum(size for _, size in exchanged.values())
+    times = {"products": flops / speed, "memory": moved / bandwidth, "exchange": ring / link}
+    least = max(times.values())
+    say(f"no step is faster than {1e3 * least:.2f} ms, {config.train.batch_size / least:,.0f} images/s")
+    peaks = (
+        f"{speed / 1e12:.0f} TFLOP/s in bfloat16, {bandwidth / 1e9:.0f} GB/s of memory, {link / 1e9:.0f} GB/s of links"
+    )
+    say(", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in times.items()) + f" at {kind}'s {peaks}")
+
+
+def collectives(text):
+    """{operation: (how many, bytes that they give each device)} in the text of a compiled program."""
+    found = collections.defaultdict(lambda: (0, 0))
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    for shapes, name in re.findall(rf"= (\(?.*?\)?) ({kinds})(?:-start)?\(", text):
+        number, size = found[name]
+        for letters, bits, sides in re.findall(r"\b(f|bf|s|u|pred)(\d*)\[([\d,]*)\]", shapes):
+            size += math.prod(map(int, filter(None, sides.split(",")))) * (int(bits) if letters != "pred" else 8) // 8
+        found[name] = number + 1, size
+    return dict(found)
+
+
+def made_up(config):
+    """(Experiment, a whole batch of made-up images) for images as the config has them, or else as its data are."""
+    size, channels = config.data.image_size, config.data.channels
+    known = (*(size * 2)[:2], channels) if size and channels else None  # one number is a square
+    parts = experiment.make(config, known or data.load(**vars(config.data)).images.shape[1:])
+    images = np.random.default_rng(0).integers(0, 256, (config.train.batch_size, *parts.shape), np.uint8)
+    labels = np.zeros(len(images), np.int32) if config.model.num_classes else None
+    return parts, data.batch(data.Dataset(images, labels), 0, 0, len(images))
+
+
+def _describe(parts, say):
+    images = "x".join(map(str, parts.shape))
+    say(f"U-Net of {experiment.parameter_count(parts):,} parameters for images of {images}")
+
+
+def _compile(train_step, state, batch, root, say):
+    clock = time.monotonic()
+    compiled = train_step.lower(state, batch, root).compile()
+    memory = compiled.memory_analysis()
+    held, used = memory.argument_size_in_bytes / 1e6, memory.temp_size_in_bytes / 1e6
+    say(f"compiled in {time.monotonic() - clock:.1f} s; a device holds {held:,.0f} MB, a step uses {used:,.0f} MB more")
+    return compiled
