@@ -203,10 +203,10 @@ def several_steps(train_step):
 
 
 def _loop(body, carry, parts):
-    """lax.scan. XLA on CPU runs the gradient of a convolution about 20 times slower inside a loop (measured), so there
-    it is none: the body is written out once for each part."""
-    unroll = len(jax.tree.leaves(parts)[0]) if jax.default_backend() == "cpu" else 1
-    return lax.scan(body, carry, parts, unroll=unroll)
+    """lax.scan; but XLA on CPU runs the gradient of a convolution about 20 times slower inside a loop (measured), so
+    that there, and for a single part, the body is written out once for each."""
+    alone = len(jax.tree.leaves(parts)[0]) == 1
+    return lax.scan(body, carry, parts, unroll=0 if alone or jax.default_backend() == "cpu" else 1)
 
 
 def _mean_over_parts(function, parts, params, *args):
