@@ -38,7 +38,7 @@ def start(batch_size, accumulate=1, platform="auto", distributed="auto", cpu_dev
     """
     if platform != "auto":
         jax.config.update("jax_platforms", platform)
-    if jax.config.jax_compilation_cache_dir is None:  # not told by JAX_COMPILATION_CACHE_DIR
+    if not jax.config.jax_compilation_cache_dir:  # not told by JAX_COMPILATION_CACHE_DIR
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(f"{COMPILED}/{_processor()}"))
     if not cpu_devices and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
