@@ -35,6 +35,7 @@ class Args(options.Arguments):
     weights: str = options.option(
         "ema", "averaged or plain parameters, or the length (sigma_rel) of a post-hoc average", options.which_weights
     )
+    member: int = options.option(0, "of an ensemble, the run to take", options.at_least(0))
     sampler: str = options.option("ddpm", "of the samples, a name in ddpm_jax.samplers.SAMPLERS")
     steps: int = options.option(0, "steps of nll, mse and the samples; 0 for all T", options.at_least(0))
     spacing: str = options.option("trailing", "of these steps, a name in ddpm_jax.schedules.SPACINGS")
@@ -107,7 +108,7 @@ def on_run(args, workdir, step):
     from ddpm_jax import experiment, parallel
     from ddpm_jax.reports import likelihood, samples
 
-    parts, params, step = experiment.restore(workdir, args.weights, step)
+    parts, params, step = experiment.restore(workdir, args.weights, step, args.member)
     config, of_run, of_samples = parts.config, asked(args, LIKELIHOOD), asked(args, SAMPLES)
     told = {"num": args.num, "split": args.split or config.data.split, "seed": args.seed, "weights": args.weights}
     told |= {"checkpoint_step": step}

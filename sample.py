@@ -32,6 +32,7 @@ class Args(options.Arguments):
     weights: str = options.option(
         "ema", "averaged or plain parameters, or the length (sigma_rel) of a post-hoc average", options.which_weights
     )
+    member: int = options.option(0, "of an ensemble, the run to take", options.at_least(0))
     label: int | None = options.option(None, "class of all images; without it each class in turn")
     guidance: float = options.option(1.0, "scale of classifier-free guidance; 1 for none", options.finite)
     interval: tuple[float, ...] = options.option((), "LOW,HIGH: the times with guidance; empty for all", PAIR)
@@ -74,7 +75,7 @@ def main():
         if (out / name).exists():
             raise errors.ConfigError(f"{out} already holds samples ({name}); take another --out, or say --overwrite")
     parallel.start(args.batch_size, platform=args.platform, distributed="off", cpu_devices=args.cpu_devices)
-    parts, params, step = experiment.restore(workdir, args.weights, step)
+    parts, params, step = experiment.restore(workdir, args.weights, step, args.member)
     steps, root = args.steps or parts.config.diffusion.T, keys.root(args.seed, "sample")
     labels = choose_labels(args.label, parts, indices)
     given = {name: getattr(args, name) for name in ("eta", "churn", "variance") if getattr(args, name) is not None}

@@ -60,13 +60,21 @@ def main():
     if args.topology and not args.dry_run:
         raise errors.ConfigError(f"--topology={args.topology} only compiles; add --dry-run")
     parallel.start(
-        config.batch_size, config.accumulate, args.platform, args.distributed, args.cpu_devices, args.heartbeat
+        config.batch_size,
+        config.accumulate,
+        args.platform,
+        args.distributed,
+        args.cpu_devices,
+        args.heartbeat,
+        config.ensemble,
     )
     say = log.note if parallel.is_first() else lambda text: None
     say(f"ddpm_jax {checkpoint.versions()['ddpm_jax']} on {parallel.describe()}")
     less = f"try a train.batch_size smaller than {config.batch_size}, train.accumulate=2 or more, or model.remat=true"
     with parallel.among_others(), signals.caught() as asked, parallel.memory_for(less):
         if args.dry_run:
+            if config.ensemble > 1:
+                raise errors.ConfigError("--dry-run is of one run; add --config.train.ensemble=1")
             from ddpm_jax.reports import dry_run
 
             devices = parallel.topology(args.topology) if args.topology else None
@@ -97,7 +105,7 @@ def prepare(args, workdir, say):
     from ddpm_jax import data, experiment, parallel, runs
 
     config = args.config
-    parallel.check_batch_size(config.train.batch_size, config.train.accumulate)
+    parallel.check_batch_size(config.train.batch_size, config.train.accumulate, members=config.train.ensemble)
     if args.step >= config.train.steps:
         raise errors.ConfigError(f"--step={args.step} must be less than train.steps={config.train.steps}")
     runs.check(workdir, config, args.allow_change)
@@ -120,10 +128,9 @@ def prepare(args, workdir, say):
 
 class Run(NamedTuple):
     parts: Any  # experiment.Experiment
-    dataset: Any
+    program: Any  # program.Program
     workdir: Path
     entries: dict  # what the checkpoints' meta says besides the state
-    train_step: Callable  # several steps at a call, mapped over the devices
     write_grid: Callable
     evaluate: Callable
     asked: Callable  # () -> exit code or None
@@ -139,29 +146,28 @@ def train(parts, dataset, fingerprint, workdir, asked, say, step=None, allowed=(
     """Algorithm 1 from the newest checkpoint, that of `step` or from the beginning to the last step; the exit code."""
     import jax
 
-    from ddpm_jax import checkpoint, experiment, parallel, runs, signals, training
+    from ddpm_jax import checkpoint, parallel, program, runs, signals
 
     config, folder = parts.config.train, workdir / "checkpoints"
-    init_state, train_step = experiment.make_training(parts)
+    made = program.make(parts, dataset)
     fixed = {"config": dataclasses.asdict(parts.config), "shape": parts.shape}
     fixed |= {"data": fingerprint, "devices": parallel.describe()}
     rollbacks, tries, failure, branch = 0, {}, None, step
     with signals.watchdog(config.watchdog, config.watchdog_abort) as feed:
-        train_step = parallel.pmap_step(training.several_steps(train_step))
         write_grid = make_grid_writer(parts, workdir, feed)
         evaluate = make_evaluator(parts, dataset, feed, say)
         while True:
             state, meta = None, {"window": [], "rollbacks": 0}
             if checkpoint.steps(folder) or step:
-                template = jax.eval_shape(init_state)
+                template = jax.eval_shape(made.init_state)
                 state, meta, told = runs.resume(parts, template, fingerprint, workdir, step, allowed)
                 for line in told:
                     say(line)
             else:
-                state = init_state()
+                state = made.init_state()
             rollbacks, branch, step = max(rollbacks, meta["rollbacks"]), branch or meta.get("branch"), None
             if failure:
-                begun, most = int(state.step), config.max_skipped
+                begun, most = meta.get("step", 0), config.max_skipped
                 tries[begun] = tries.get(begun, 0) + 1
                 if tries[begun] > most:
                     raise errors.Diverged(f"{failure}, after {most} roll-backs to step {begun}")
@@ -170,7 +176,7 @@ def train(parts, dataset, fingerprint, workdir, asked, say, step=None, allowed=(
             else:
                 parallel.together(lambda: parallel.is_first() and runs.record(workdir, parts.config))
             entries = fixed | {"rollbacks": rollbacks, "branch": branch}
-            run = Run(parts, dataset, workdir, entries, train_step, write_grid, evaluate, asked, feed, say)
+            run = Run(parts, made, workdir, entries, write_grid, evaluate, asked, feed, say)
             try:
                 return follow(run, state, meta["window"])
             except RollBack as error:
@@ -185,14 +191,13 @@ def follow(run, state, window):
     import jax
     import numpy as np
 
-    from ddpm_jax import averages, checkpoint, data, experiment, keys, log, parallel, training
+    from ddpm_jax import averages, checkpoint, data, experiment, log, parallel, training
 
     config, say, again = run.parts.config.train, run.say, run.entries["rollbacks"]
-    first, last, at_once = int(state.step), config.steps, config.steps_per_call
+    first, last, at_once = int(np.max(state.step)), config.steps, config.steps_per_call
     if parallel.is_first():
-        averages.drop_after(run.workdir / "averages", first - int(state.skipped))
-    rows, root = parallel.local_rows(config.batch_size), keys.root(config.seed, f"train {again}" if again else "train")
-    state, learning_rate = parallel.replicate(state), experiment.learning_rate(run.parts)
+        averages.drop_after(run.workdir / "averages", first - int(np.max(state.skipped)))
+    state, learning_rate = run.program.place(state), experiment.learning_rate(run.parts)
     with contextlib.ExitStack() as stack:
         writer = log.Log(lambda row: None, lambda: None)
         if parallel.is_first():
@@ -205,8 +210,7 @@ def follow(run, state, window):
 
         def make_batches(call):
             steps = range(max(first, call * at_once), min(last, (call + 1) * at_once))
-            made = (data.batch(run.dataset, config.seed, step, config.batch_size, rows, again) for step in steps)
-            return len(steps), jax.tree.map(lambda *x: np.stack(x, 1), *map(parallel.shard, made))
+            return len(steps), run.program.batches(steps, again)
 
         batches = data.prefetch(make_batches, first // at_once, -(-last // at_once))
         stack.enter_context(contextlib.closing(batches))
@@ -217,7 +221,7 @@ def follow(run, state, window):
             clock = time.monotonic()
             taken, batch = next(batches)
             waited += time.monotonic() - clock
-            state, metrics = run.train_step(state, batch, root)
+            state, metrics = run.program.step(state, batch, again)
             step += taken
             unread.append(metrics)
             code = agree(run.asked())
@@ -318,17 +322,23 @@ def make_grid_writer(parts, workdir, feed):
     indices = np.arange(config.sample_num)
     labels = experiment.labels_in_turn(parts, indices)
 
+    def draw(params, name):
+        batches = []
+        with parallel.memory_for("try a smaller train.sample_num"):
+            for batch in parallel.generate_batches(generate, parallel.replicate(params), root, indices, labels):
+                batches.append(batch[:, -1])
+                feed()
+        images.save_png(workdir / "samples" / name, images.grid(np.concatenate(batches)))
+
     def write_grid(state, step):
         if not parallel.is_first():
             return
         try:
-            batches = []
-            with parallel.memory_for("try a smaller train.sample_num"):
-                params = parallel.replicate(jax.device_get(state.ema_params))
-                for batch in parallel.generate_batches(generate, params, root, indices, labels):
-                    batches.append(batch[:, -1])
-                    feed()
-            images.save_png(workdir / "samples" / f"step_{step:09}.png", images.grid(np.concatenate(batches)))
+            params = jax.device_get(state.ema_params)
+            if config.ensemble == 1:
+                draw(params, f"step_{step:09}.png")
+            for i in range(config.ensemble if config.ensemble > 1 else 0):
+                draw(jax.tree.map(lambda x, i=i: x[i], params), f"step_{step:09}_member_{i}.png")
         except (OSError, errors.UserError) as error:
             warnings.warn(f"there is no grid of samples at step {step}: {error}", stacklevel=2)
 

@@ -119,7 +119,7 @@ def save(manager, state, **meta):
     Raises Diverged when an array is not finite, CheckpointError when the disk has no room or Orbax refuses; the steps
     already there are untouched then.
     """
-    step = int(state.step)
+    step = int(np.max(state.step))  # one for all members of an ensemble
     items = {name: serialization.to_state_dict(getattr(state, name)) for name in _used(state)}
     with ThreadPoolExecutor() as pool:  # copies and checksums free the interpreter, so that the cores share them
         leaves, structure = jax.tree.flatten(jax.device_get(items))
@@ -129,7 +129,7 @@ def save(manager, state, **meta):
     if bad:
         raise Diverged(f"step {step} was not saved: {bad[0]} is not finite (one of {len(bad)} such arrays)")
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
-    meta |= {name: int(getattr(state, name)) for name in COUNTERS}
+    meta |= {name: np.asarray(getattr(state, name)).tolist() for name in COUNTERS} | {"step": step}
     meta |= {"format": FORMAT, "versions": versions()}
     meta = json.loads(json.dumps(meta))
     meta["digests"] = digests | {"meta": _digest_meta(meta)}
@@ -331,7 +331,8 @@ def restore_state(folder, template, step=None, config=None):
     expected = {name: getattr(template, name) for name in _used(template)}
     meta, items = load(folder, list(expected), lambda meta: expected, step, config)
     parts = {name: serialization.from_state_dict(tree, items[name]) for name, tree in expected.items()}
-    return template._replace(**parts, **{name: np.int32(meta[name]) for name in COUNTERS}), meta
+    counters = {name: np.int32(np.broadcast_to(meta[name], getattr(template, name).shape)) for name in COUNTERS}
+    return template._replace(**parts, **counters), meta
 
 
 def versions():

@@ -137,6 +137,12 @@ class Train(Section):
     steps_per_call: int = option(
         1, "steps that the devices take without asking the host; the numbers of steps below are multiples", at_least(1)
     )
+    ensemble: int = option(
+        1, "runs trained at once, with the seeds `seed`, `seed` + 1 and so on, one or more a device", at_least(1)
+    )
+    learning_rates: tuple[float, ...] = option(
+        (), "a learning rate for each run of an ensemble, which then have the same seed", each(above(0)), each(finite)
+    )
     seed: int = option(0, "seed of everything random", at_least(0), ("below 2**32", lambda v: v < 2**32))
     log_every: int = option(100, "steps between two lines of metrics", at_least(1))
     checkpoint_every: int = option(5000, "steps between two checkpoints", at_least(1))
@@ -168,6 +174,14 @@ class Config:
             steps = getattr(self.train, name)
             if steps > self.diffusion.T:
                 raise ConfigError(f"train.{name}={steps} must be at most diffusion.T={self.diffusion.T}")
+        train = self.train
+        if train.learning_rates and len(train.learning_rates) != train.ensemble:
+            raise ConfigError(
+                f"train.learning_rates has {len(train.learning_rates)} numbers for train.ensemble={train.ensemble} runs"
+            )
+        for name in ("averages", "evaluate_every"):
+            if train.ensemble > 1 and getattr(train, name):
+                raise ConfigError(f"train.{name} does not go with train.ensemble={train.ensemble}")
         units = [("evaluate_every", "log_every"), ("keep_every", "checkpoint_every")]
         often = "log_every", "checkpoint_every", "sample_every", "average_every"
         for name, unit in (*units, *((name, "steps_per_call") for name in often)):

@@ -22,6 +22,7 @@ from ddpm_jax import (
 )
 from ddpm_jax.config import Config, from_json
 from ddpm_jax.errors import CheckpointError, ConfigError
+from ddpm_jax.options import replace
 from ddpm_jax.schedules.report import warn_of_signal
 
 
@@ -108,8 +109,10 @@ def find(path, step=0):
     raise CheckpointError(f"there is no run in {path} (no folder {steps}); train first, or see --workdir")
 
 
-def restore(workdir, weights, step=None):
+def restore(workdir, weights, step=None, which=0):
     """(Experiment, parameters, step) of the newest whole checkpoint of a run, or of that of `step`.
+
+    Of an ensemble, they are those of the member `which`.
 
     weights: "ema", "raw", or the sigma_rel of an average of that length, put together from the stored ones; its step,
     the last of them when not given, is counted in updates.
@@ -124,14 +127,30 @@ def restore(workdir, weights, step=None):
     def expect(meta):
         nonlocal parts
         parts = make(from_json(json.dumps(meta["config"]), f"{folder}, meta"), meta["shape"])
-        return {item: jax.eval_shape(parts.init, jax.random.key(0)) for item in items}
+        members = parts.config.train.ensemble
+        if which >= members:
+            raise ConfigError(f"--member={which}, but {workdir} has {members} (0 to {members - 1})")
+        one = jax.eval_shape(parts.init, jax.random.key(0))
+        add = (members,) if members > 1 else ()
+        return {item: jax.tree.map(lambda x: jax.ShapeDtypeStruct(add + x.shape, x.dtype), one) for item in items}
 
     meta, trees = checkpoint.load(folder, items, expect, step if items else None)
     if items:
-        return parts, trees[items[0]], meta["step"]
+        params = trees[items[0]]
+        if parts.config.train.ensemble > 1:
+            parts, params = member(parts, which), jax.tree.map(lambda x: x[which], params)
+        return parts, params, meta["step"]
     template = jax.eval_shape(parts.init, jax.random.key(0))
     step = step or averages.stored(workdir / "averages")[-1][0]
     return parts, averages.reconstruct(workdir / "averages", template, float(weights), step), step
+
+
+def member(experiment, i):
+    """The Experiment that member `i` of an ensemble is by itself."""
+    train = experiment.config.train
+    own = {"learning_rate": train.learning_rates[i]} if train.learning_rates else {"seed": train.seed + i}
+    changes = {f"train.{name}": value for name, value in {"ensemble": 1, "learning_rates": (), **own}.items()}
+    return experiment._replace(config=replace(experiment.config, changes))
 
 
 def parameter_count(experiment):

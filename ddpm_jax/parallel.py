@@ -27,14 +27,14 @@ AXIS = "batch"
 COMPILED = "~/.cache/ddpm_jax/compiled"  # where compiled programs are kept between runs
 
 
-def start(batch_size, accumulate=1, platform="auto", distributed="auto", cpu_devices=0, heartbeat=100):
+def start(batch_size, accumulate=1, platform="auto", distributed="auto", cpu_devices=0, heartbeat=100, members=1):
     """Choose the devices and join the other processes; to be called before any array is made.
 
     platform: auto, or cpu, gpu, tpu, which refuses anything else. distributed: off; auto, which joins where SLURM,
     Open MPI or a TPU pod says that there are several processes; or "HOST:PORT,ID,COUNT" spelled out. cpu_devices: as
     how many devices a CPU shows itself; 0 for one a core, as far as they divide the batch into shares of 16 images or
-    more (XLA uses several cores better so than from one device). heartbeat: seconds of silence after which a process
-    counts as lost and the others end.
+    more, or the `members` of an ensemble (XLA uses several cores better so than from one device). heartbeat: seconds of
+    silence after which a process counts as lost and the others end.
     """
     if platform != "auto":
         jax.config.update("jax_platforms", platform)
@@ -43,6 +43,8 @@ def start(batch_size, accumulate=1, platform="auto", distributed="auto", cpu_dev
     if not cpu_devices and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         fits = [n for n in range(2, cores + 1) if batch_size % (n * accumulate) == 0 and batch_size // n >= 16]
+        if members > 1:
+            fits = [n for n in range(2, cores + 1) if members % n == 0]
         cpu_devices = max(fits, default=1)
     if cpu_devices:
         jax.config.update("jax_num_cpu_devices", cpu_devices)
@@ -200,9 +202,14 @@ def topology(name):
         raise ConfigError(f"--topology={name} is not known ({said}); try v5e:2x4, v6e:2x2 or v4:2x2x2") from error
 
 
-def check_batch_size(batch_size, accumulate=1, devices=None):
-    """Raise ConfigError unless the batch divides evenly over all `devices` and micro-batches."""
-    devices = len(devices or jax.devices())
+def check_batch_size(batch_size, accumulate=1, devices=None, members=1):
+    """Raise ConfigError unless the batch divides evenly over all `devices` and micro-batches.
+
+    Each of several `members` has a whole batch on one device; all are in one process.
+    """
+    if members > 1 and jax.process_count() > 1:
+        raise ConfigError(f"train.ensemble={members} runs in one process, not in {jax.process_count()}")
+    devices = 1 if members > 1 else len(devices or jax.devices())
     unit = devices * accumulate
     if batch_size % unit:
         near = [size for size in (batch_size // unit * unit, -(-batch_size // unit) * unit) if size]
@@ -231,6 +238,17 @@ def pmap_step(train_step, devices=None):
     """The train step over all `devices` of all processes; the state it is given is used up (donated)."""
     axes = {"in_axes": (None, 0, None), "out_axes": None}
     return jax.pmap(train_step, axis_name=AXIS, **axes, devices=devices, donate_argnums=0)
+
+
+def spread(steps, members):
+    """(`steps` of arrays (members, ...), the members shared out over as many devices as divide them; place).
+
+    place(tree) puts one such tree where it belongs.
+    """
+    number = max(n for n in range(1, jax.device_count() + 1) if members % n == 0)
+    mesh, parts = Mesh(np.array(jax.devices()[:number]), ("members",)), PartitionSpec("members")
+    spread_steps = jax.shard_map(steps, mesh=mesh, in_specs=parts, out_specs=parts, check_vma=False)
+    return spread_steps, lambda tree: jax.device_put(tree, NamedSharding(mesh, parts))
 
 
 def pmap_rows(measure):

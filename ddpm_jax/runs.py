@@ -133,7 +133,7 @@ def resume(parts, template, data, workdir, step=None, allowed=()):
             f"the processes read different checkpoints, steps {', '.join(str(number) for number, _ in read)}; "
             "--workdir must be the same folder for all"
         )
-    lines = [f"resuming at step {state.step:,} from {folder}"]
+    lines = [f"resuming at step {meta['step']:,} from {folder}"]
     if meta["data"] not in (None, data):
         changed = f"the run had {meta['data']}, the data now are {data}"
         if not any(name.startswith("data.") for name in allowed):
@@ -150,6 +150,6 @@ def resume(parts, template, data, workdir, step=None, allowed=()):
     if changed:
         lines.append(f"not bit-exact from here on, only to rounding: {'; '.join(changed)}")
     if parallel.is_first():
-        checkpoint.set_aside(folder, int(state.step))
+        checkpoint.set_aside(folder, meta["step"])
     parallel.gather("")  # no process lists the folder before that is done
     return state, meta, lines

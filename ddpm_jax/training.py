@@ -127,11 +127,11 @@ def make_train_step(
     time_sampling=TIME_SAMPLINGS["uniform"],
     lengths=(),
 ):
-    """train_step(state, batch, root) -> state, metrics, to be mapped over devices along `axis`.
+    """train_step(state, batch, root, scale=1.0) -> state, metrics, to be mapped over devices along `axis`.
 
     loss: one image's, as from diffusion.make_loss. batch: {"index": (b,), "image": uint8 (b, H, W, C), "label"?: (b,)},
-    this device's share; root: the key of the stream "train". `accumulate` micro-batches bound the memory;
-    `lengths` are the sigma_rel of the power-function averages to keep.
+    this device's share; root: the key of the stream "train"; scale: of the update, and so of the learning rate.
+    `accumulate` micro-batches bound the memory; `lengths` are the sigma_rel of the power-function averages to keep.
     Metrics are scalars: loss, its parts by quartile of t (loss_q1 + ... + loss_q4 = 4 loss), grad_norm, param_norm,
     skipped, skipped_in_row. A gradient that is not finite changes nothing but the counters.
     """
@@ -156,7 +156,7 @@ def make_train_step(
         (value, (quartiles, seen)), grad = jax.value_and_grad(batch_loss, has_aux=True)(*args)
         return {"loss": value, **quartiles}, seen, grad
 
-    def train_step(state, batch, root):
+    def train_step(state, batch, root, scale=1.0):
         key = jax.random.fold_in(root, state.step)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index"])
         rows = len(batch["index"])
@@ -168,7 +168,7 @@ def make_train_step(
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
 
         updates, opt_state = optimizer.update(grad, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = optax.apply_updates(state.params, jax.tree.map(lambda update: scale * update, updates))
         n = state.step - state.skipped
         ema_params = optax.incremental_update(params, state.ema_params, ema_rate(ema_decay, n))
         powers = tuple(
@@ -193,11 +193,33 @@ def make_train_step(
     return train_step
 
 
+def steps_of_members(train_step, axis="batch"):
+    """Steps of each of several trainings on one device: `several_steps` of states, batches and more, (members, ...).
+
+    On a CPU one member after another: a convolution with a kernel for each is slow there (measured).
+    """
+
+    def alone(state, batch, *others):
+        step = jax.vmap(train_step, (None, 0, *[None] * len(others)), None, axis_name=axis)
+        return step(state, jax.tree.map(lambda x: x[None], batch), *others)
+
+    def member(args):
+        return several_steps(alone)(*args)
+
+    def steps(*args):
+        if jax.default_backend() != "cpu":
+            return jax.vmap(member)(args)
+        each = [member(jax.tree.map(lambda x, i=i: x[i], args)) for i in range(len(args[-1]))]
+        return jax.tree.map(lambda *x: jnp.stack(x), *each)
+
+    return steps
+
+
 def several_steps(train_step):
     """`train_step` over batches with a leading axis of steps, (n, b, ...), in one call; its metrics have it too."""
 
-    def steps(state, batches, root):
-        return _loop(lambda state, batch: train_step(state, batch, root), state, batches)
+    def steps(state, batches, *others):
+        return _loop(lambda state, batch: train_step(state, batch, *others), state, batches)
 
     return steps
 

@@ -35,6 +35,7 @@ class Export(options.Arguments):
     weights: str = options.option(
         "ema", "averaged or plain parameters, or the length (sigma_rel) of a post-hoc average", options.which_weights
     )
+    member: int = options.option(0, "of an ensemble, the run to take", options.at_least(0))
     step: int = options.option(0, "of the checkpoint; 0 for the newest", options.at_least(0))
     overwrite: bool = options.option(False, "write over files that are there")
     debug: bool = options.option(False, "show tracebacks")
@@ -109,7 +110,7 @@ def export_run(args, path):
     there = [name for name in released.names(path) if name.exists()]
     if there and not args.overwrite:
         raise errors.ConfigError(f"{there[0]} already exists; take another --path, or say --overwrite")
-    parts, params, step = experiment.restore(workdir, args.weights, step)
+    parts, params, step = experiment.restore(workdir, args.weights, step, args.member)
     released.write(path, parts, params, step=str(step), weights=args.weights)
     if not released.is_file(path) and parts.config.model.dtype != "float32":
         log.note(f"model.dtype={parts.config.model.dtype} stays behind: diffusers computes in float32")
