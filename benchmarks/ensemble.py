@@ -1,4 +1,4 @@
-"""Several runs at once against one after another: python -m benchmarks.ensemble [--config=configs/digits.py] [--members=2]
+"""Several runs at once against one after another: python -m benchmarks.ensemble [--config=FILE] [--members=2]
 
 One call of the program that trains an ensemble, and as many calls of the program of a single run as there are members,
 in turns: seconds for a step of all members, medians, with the least and the most in brackets. A CPU shows one device a

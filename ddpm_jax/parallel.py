@@ -228,9 +228,9 @@ def shard(batch):
     return jax.tree.map(lambda x: x.reshape(jax.local_device_count(), -1, *x.shape[1:]), batch)
 
 
-def replicate(tree):
+def replicate(tree, devices=None):
     """Place a tree whole on each device, exactly as the mapped functions return it, so that they compile once."""
-    mesh = Mesh(np.array(jax.local_devices()), (AXIS,))
+    mesh = Mesh(np.array(devices or jax.local_devices()), (AXIS,))
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
