@@ -120,6 +120,7 @@ def test_curves_are_the_rows_of_the_file(whole):
         for line, name in zip(lines(axes), names, strict=True):
             wanted = [(row["step"], np.nan if row[name] is None else row[name]) for row in rows()]
             np.testing.assert_array_equal(line, wanted)
+    assert [axes.get_yscale() for axes in (loss, parts, norm, rate)] == ["log", "log", "log", "linear"]
     assert [text.get_text() for text in parts.get_legend().get_texts()] == ["1st", "2nd", "3rd", "4th"]
 
 
@@ -292,6 +293,7 @@ def test_the_page_is_whole(drawn, page):
     assert drawn.startswith("<!DOCTYPE html>\n<html lang=")
     assert [name for name in ("html", "head", "body", "title", "h1") if len(page.all(name)) != 1] == []
     assert "prefers-color-scheme: dark" in drawn
+    assert figures.GRAY not in drawn
     assert page.all("meta")[1]["content"].startswith("width=device-width")
     names = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(names) == len(set(names))
@@ -379,6 +381,12 @@ def test_without_the_data_there_is_a_line(bare, monkeypatch):
     assert plot.words == "No forward process without the data: the folder is gone"
 
 
+def test_an_evaluation_without_the_bound(linear):
+    plots = {plot.file: plot for plot in album.of_files(linear, [], None, {"metrics": {"mse": {}}})}
+    assert plots["rate_distortion.svg"].data is None
+    assert "--metrics=nll" in plots["rate_distortion.svg"].words
+
+
 def test_another_folder(broken, call, tmp_path):
     before = sorted(broken.rglob("*"))
     assert call(plots, broken, "--curves", "--report", f"--out={tmp_path / 'new' / 'out'}")[0] == 0
@@ -433,6 +441,7 @@ def test_metrics_of_a_run_at_work(whole, tmp_path):
         ("evaluation.json", '{"metrics": {"mse": {"value": "low", "unit": ""}}}', "evaluation.json is damaged"),
         ("evaluation.json", '{"metrics": {"nll": {"value": 1, "unit": "", "curve": {"t": [1]}}}}', "evaluation.json"),
         ("run.json", '[{"time": "now"}]', "run.json is damaged"),
+        ("run.json", '[{"argv": []}]', "run.json is damaged"),
         ("samples/step_000000007.png", "no picture", "step_000000007.png cannot be read"),
     ],
 )
@@ -467,8 +476,8 @@ def test_what_cannot_be_drawn(whole, call, options, code, told):
 
 def test_without_matplotlib(whole, call, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    code, _, said = call(plots, whole)
-    assert (code, said) == (2, 'error: plots need matplotlib: pip install -e ".[plot]"\n')
+    code, *said = call(plots, whole)
+    assert (code, *said) == (2, "", 'error: plots need matplotlib: pip install -e ".[plot]"\n')
 
 
 @pytest.mark.slow

@@ -48,9 +48,8 @@ def shown(times, frames, preview):
     """The times of the frames that samplers.follow makes of a way through `times`."""
     steps = len(times) - 1
     frames = min(frames, steps)
-    taken = -(
-        -np.arange(1, frames + 1) * steps // frames
-    )  # steps before each frame; its x_0_hat is of the last's start
+    # Steps before each frame; an x_0_hat is of the time at which the last of them began.
+    taken = -(-np.arange(1, frames + 1) * steps // frames)
     return np.append(times[taken[:-1] - preview], 0)
 
 
