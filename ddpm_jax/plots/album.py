@@ -54,7 +54,7 @@ def of_samples(parts, params, num, steps, seed, drawn):
     path, previews = (strips.reverse(parts, params, num, steps, seed, preview) for preview in (False, True))
     words = f"Denoising: x_t after some of the steps, one image a row ({drawn})."
     yield Plot("Samples", "denoising.png", words, figures.png(strips.draw(path)))
-    yield Plot("Samples", "denoising.gif", "The same x_t, moving.", strips.gif(path))
+    yield Plot("Samples", "denoising.gif", "Denoising as a film, the same images.", strips.gif(path))
     words = "Previews: x_0_hat, what the network took the image for at these times; at t = 0 the sample."
     yield Plot("Samples", "previews.png", words, figures.png(strips.draw(previews)))
 
@@ -70,4 +70,4 @@ def of_data(parts, num, seed):
     path = strips.forward(parts.schedule, images[picked], seed)
     words = f"The forward process: images of {parts.config.data.source} and their x_t (eq. 4), one eps an image."
     yield Plot("Forward process", "forward.png", words, figures.png(strips.draw(path)))
-    yield Plot("Forward process", "forward.gif", "The same x_t, moving.", strips.gif(path))
+    yield Plot("Forward process", "forward.gif", "The forward process as a film, the same images.", strips.gif(path))

@@ -95,9 +95,9 @@ def rate_distortion(curve):
 
 def tiles(pictures, labels, columns):
     """uint8 pictures (H, W, C), C = 1 or 3, row by row, each over its label, dot for dot."""
-    rows, width = -(-len(pictures) // columns), max(picture.shape[1] for picture in pictures)
+    rows, (height, width) = -(-len(pictures) // columns), np.max([picture.shape[:2] for picture in pictures], 0)
     size = max(8, width * columns // 100)  # points, so that letters can be read when a large figure is shown small
-    height = max(picture.shape[0] for picture in pictures) + 2 * size
+    height, width = height + 2 * size, width + size // 2
     figure = _figure((width * columns / DPI, height * rows / DPI))
     for place, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
         row, column = divmod(place, columns)

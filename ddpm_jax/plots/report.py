@@ -34,7 +34,7 @@ figure > div, .wide { overflow-x: auto }
 figure svg { width: 100%; min-width: 36rem; height: auto }
 img { max-width: max(100%, 36rem); height: auto }
 figcaption, p.note { color: var(--soft); font-size: .9rem }
-table { border-collapse: collapse; width: 100%; min-width: 24rem; font-size: .9rem }
+table { border-collapse: collapse; width: 100%; min-width: 22rem; font-size: .9rem }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
 pre { padding: .6rem; background: var(--box); overflow-x: auto; font-size: .85rem }
 summary { cursor: pointer }
@@ -110,7 +110,7 @@ def _evaluation(report, run):
 
 def _value(number):
     error = number.get("standard_error")
-    return f"{number['value']:.4f}" + ("" if error is None else f" ± {error:.4f}")
+    return f"{number['value']:.4f}" + ("" if error is None else f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{error:.4f}")
 
 
 def _flat(value):
