@@ -234,6 +234,16 @@ def test_times_under_the_frames(steps):
         np.testing.assert_array_equal(strips.shown(times, 40, preview), path[:, 0])
 
 
+def test_a_strip_is_drawn_over_its_times():
+    """Of 41 gray levels 11, evenly spread, each over its time."""
+    levels = np.arange(41, dtype=np.uint8)
+    figure = strips.draw(strips.Strip(levels / 30, levels[:, None, None, None, None].repeat(2, 1)))
+    assert [text.get_text() for text in figure.texts[:4]] == ["t = 0", "t = 0.133", "t = 0.267", "t = 0.4"]
+    page = np.asarray(Image.open(io.BytesIO(figures.png(figure))))
+    for row in (34, 34 + 66):
+        assert page[row, 34::72, 0].tolist() == list(range(0, 41, 4))
+
+
 def test_tiles_are_dot_for_dot():
     random = np.random.default_rng(0)
     pictures = [random.integers(0, 256, (30, 50, channels), np.uint8) for channels in (1, 3, 1)]
@@ -341,6 +351,7 @@ def test_the_words_of_the_page(whole, page):
         f"sampler ddim, reference (source {ODD}, num 77)",
         "checkpoint_step 5, versions (jax 0.0.7)",
         "2026-01-02T03:04:05+00:00",
+        '"parameterization": "eps"',
         "9 x abacus",
         "step 0, step 1, step 2, step 4, step 5, step 7",
     ):
@@ -438,9 +449,11 @@ def test_metrics_of_a_run_at_work(whole, tmp_path):
         ("metrics.jsonl", '{"step": 100}\n{"step": 2\n{"step": 300}\n', "line 2 is damaged; delete that line"),
         ("metrics.jsonl", '{"step": 100, "loss": "low"}\n', "line 1 is damaged"),
         ("metrics.jsonl", "[]\n", "line 1 is damaged"),
+        ("metrics.jsonl", '{"loss": 1}\n', "line 1 is damaged"),
         ("evaluation.json", "{", "evaluation.json is damaged"),
         ("evaluation.json", "[]", "evaluation.json is damaged"),
         ("evaluation.json", '{"metrics": {"mse": {"value": "low", "unit": ""}}}', "evaluation.json is damaged"),
+        ("evaluation.json", '{"metrics": {"mse": {"value": null, "unit": ""}}}', "evaluation.json is damaged"),
         ("evaluation.json", '{"metrics": {"nll": {"value": 1, "unit": "", "curve": {"t": [1]}}}}', "evaluation.json"),
         ("run.json", '[{"time": "now"}]', "run.json is damaged"),
         ("run.json", '[{"argv": []}]', "run.json is damaged"),
@@ -476,10 +489,31 @@ def test_what_cannot_be_drawn(whole, call, options, code, told):
     assert told in said
 
 
-def test_without_matplotlib(whole, call, monkeypatch):
+def test_without_matplotlib(whole, call, monkeypatch, linear):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, *said = call(plots, whole)
     assert (code, *said) == (2, "", 'error: plots need matplotlib: pip install -e ".[plot]"\n')
+
+    with pytest.raises(errors.ConfigError, match="plots need matplotlib"):
+        figures.schedule(linear)
+
+
+def test_in_the_folder_itself(broken, call, monkeypatch):
+    monkeypatch.chdir(broken)
+    assert call(plots, ".", "--curves", "--report")[0] == 0
+    page = (broken / "report.html").read_text()
+    assert "<title>run</title>" in page
+    assert "python train.py --config=config.json --workdir=runs/run-again\n" in page
+
+
+def test_what_is_drawn_before_a_failure_is_there(whole, call, monkeypatch, tmp_path):
+    def diverge(*_):
+        raise errors.Diverged("sample 0 is not finite")
+
+    monkeypatch.setattr(strips, "reverse", diverge)
+    code, _, said = call(plots, whole, f"--out={tmp_path}")
+    assert (code, said) == (5, "error: sample 0 is not finite\n")
+    assert (tmp_path / "loss.svg").exists()
 
 
 @pytest.mark.slow

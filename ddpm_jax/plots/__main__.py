@@ -5,6 +5,7 @@ all. They follow from the run and its data, so nothing is lost with them: those 
 """
 
 import dataclasses
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -54,18 +55,19 @@ def main():
     with errors.writing(f"--out={out}"):
         out.mkdir(parents=True, exist_ok=True)
 
-    plots = list(album.of_files(parts.schedule, grids, metrics, evaluation))
+    plots, drawn = [], album.of_files(parts.schedule, grids, metrics, evaluation)
     if not args.curves:
-        steps, drawn = args.steps or parts.config.train.sample_steps, f"step {step:,}, {args.weights} weights"
-        with parallel.memory_for(f"try a --num smaller than {args.num}"):
-            plots += album.of_samples(parts, params, args.num, steps, args.seed, drawn)
-        plots += album.of_data(parts, args.num, args.seed)
-    for plot in plots:
-        if plot.data is None:
-            log.note(plot.words)
-            continue
-        with errors.writing(f"--out={out}"):
-            write_atomic(out / plot.file, plot.data)
+        steps, made_of = args.steps or parts.config.train.sample_steps, f"step {step:,}, {args.weights} weights"
+        of_samples = album.of_samples(parts, params, args.num, steps, args.seed, made_of)
+        drawn = itertools.chain(drawn, of_samples, album.of_data(parts, args.num, args.seed))
+    with parallel.memory_for(f"try a --num smaller than {args.num}"):
+        for plot in drawn:
+            plots.append(plot)
+            if plot.data is None:
+                log.note(plot.words)
+                continue
+            with errors.writing(f"--out={out}"):
+                write_atomic(out / plot.file, plot.data)
     log.note(f"wrote {out}: {', '.join(plot.file for plot in plots if plot.data)}")
     if args.report:
         text = report.page(run, step, parts.config, experiment.parameter_count(parts), plots, starts, evaluation)

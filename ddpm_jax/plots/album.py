@@ -48,9 +48,9 @@ def of_files(schedule, grids, metrics, evaluation):
         yield Plot("Evaluation", "rate_distortion.svg", words)
 
 
-def of_samples(parts, params, num, steps, seed, drawn):
-    """Plots of how `num` samples come about; drawn: from which parameters, in words."""
-    drawn += f", {parts.config.train.sampler} with {steps} steps, seed {seed}"
+def of_samples(parts, params, num, steps, seed, made_of):
+    """Plots of how `num` samples come about; made_of: which parameters, in words."""
+    drawn = made_of + f", {parts.config.train.sampler} with {steps} steps, seed {seed}"
     path, previews = (strips.reverse(parts, params, num, steps, seed, preview) for preview in (False, True))
     words = f"Denoising: x_t after some of the steps, one image a row ({drawn})."
     yield Plot("Samples", "denoising.png", words, figures.png(strips.draw(path)))

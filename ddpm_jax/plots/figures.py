@@ -33,8 +33,6 @@ def _figure(size):
 
 def _curves(*panels):
     """Panels (name of x, x, name of y, {name: y}, scale) side by side; names of curves where there are several."""
-    from matplotlib.ticker import LogLocator
-
     figure = _figure(SIZE)
     figure.set_layout_engine("constrained")
     for axes, (of_x, x, of_y, curves, scale) in zip(figure.subplots(1, len(panels)), panels, strict=True):
@@ -44,7 +42,8 @@ def _curves(*panels):
         axes.set_xlabel(of_x, color=GRAY)
         axes.set_ylabel(of_y, color=GRAY)
         if scale == "log":
-            axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
+            axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+            axes.yaxis.set_major_formatter("{x:g}")
         else:
             axes.axhline(0, color=GRAY, linewidth=0.8)
         axes.minorticks_off()

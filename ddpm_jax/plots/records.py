@@ -1,6 +1,7 @@
 """What a run has written of itself, read back: metrics, grids, evaluation, starts."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -16,16 +17,17 @@ def metrics(path):
     A last line that is not finished, as a run leaves it that is at work or was killed, does not count. Raises DataError
     for any other damage.
     """
+    path, rows = Path(path), []
     if not path.exists():
         return None
-    rows = []
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(keepends=True), 1):
+    *lines, _ = path.read_text(errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            rows.append([float("nan") if row.get(name) is None else float(row[name]) for name in NAMES])
-        except (ValueError, TypeError, AttributeError) as error:
-            if line.endswith("\n"):
-                raise DataError(f"{path}, line {number} is damaged; delete that line") from error
+            rest = (row.get(name) for name in NAMES[1:])
+            rows.append([float(row["step"]), *(float("nan") if value is None else float(value) for value in rest)])
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(f"{path}, line {number} is damaged; delete that line") from error
     return dict(zip(NAMES, np.array(rows).T, strict=True)) if rows else None
 
 
@@ -39,7 +41,7 @@ def evaluation(path):
 
     def fits(report):
         for number in report["metrics"].values():
-            np.array([number["value"], number.get("real", number)["value"]], float), number["unit"] + ""
+            float(number["value"]), float(number.get("real", number)["value"]), number["unit"] + ""
         curve = report["metrics"].get("nll", {"curve": {}})["curve"]
         np.array([curve[name] for name in ("t", "rate", "rmse") if curve], float)
 

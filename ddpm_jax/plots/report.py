@@ -1,12 +1,10 @@
 """One HTML page of a run that needs no other file: no script, no address, its pictures and curves inside."""
 
 import base64
-import dataclasses
-import json
+import os
 import re
 import shlex
 from html import escape
-from pathlib import Path
 from string import Template
 
 from ddpm_jax import config as configs
@@ -56,17 +54,21 @@ def page(run, step, config, parameters, plots, starts, evaluation):
     body.append(_evaluation(evaluation, run))
     body += ["<h2>Config</h2>", *_config(config), "<h2>Environment</h2>", *_starts(starts)]
     body += ["<h2>Again</h2>", _code("\n".join(commands(run, step, config)))]
-    return PAGE.substitute(title=escape(Path(run).name), body="\n".join(body))
+    return PAGE.substitute(title=escape(_name(run)), body="\n".join(body))
 
 
 def commands(run, step, config):
     """The command lines that repeat a run, its last grid, its evaluation, and its plots."""
-    train, run = config.train, Path(run)
-    again = ["train.py", f"--config={run / 'config.json'}", f"--workdir={run.with_name(run.name + '-again')}"]
+    train = config.train
+    again = ["train.py", f"--config={run / 'config.json'}", f"--workdir=runs/{_name(run)}-again"]
     grid = [f"--num={train.sample_num}", f"--seed={train.seed}", f"--sampler={train.sampler}"]
     grid = ["sample.py", f"--workdir={run}", f"--step={step}", *grid, f"--steps={train.sample_steps}"]
     others = [["evaluate.py", f"--workdir={run}"], ["-m", "ddpm_jax.plots", str(run), "--report"]]
     return [shlex.join(["python", *words]) for words in (again, grid, *others)]
+
+
+def _name(run):
+    return os.path.basename(os.path.abspath(run))
 
 
 def _summary(step, config, parameters):
@@ -125,7 +127,7 @@ def _config(config):
     changed = configs.differences(configs.Config(), config)
     rows = [(name, options.to_text(here), options.to_text(default)) for name, default, here in changed]
     yield _folded("What differs from the defaults", _table(("field", "here", "default"), rows))
-    yield _folded("All of it", _code(json.dumps(dataclasses.asdict(config), indent=2)))
+    yield _folded("All of it", _code(configs.to_json(config)))
 
 
 def _starts(starts):
@@ -134,7 +136,7 @@ def _starts(starts):
     for start in starts or ():
         rows = [(name, _flat(value)) for name, value in start.items() if name not in ("time", "argv")]
         said = _code(shlex.join(["python", *start["argv"]]))
-        yield _folded(f"Started {start['time']}", said + _table(("", "there"), rows))
+        yield _folded(f"Started {start['time']}", said + _table(("what", "then"), rows))
 
 
 def _folded(title, inside):

@@ -56,7 +56,7 @@ def shown(times, frames, preview):
 def draw(strip):
     """The Figure of a Strip: the images below each other, time from left to right."""
     picked = np.linspace(0, len(strip.times) - 1, min(COLUMNS, len(strip.times))).astype(int)
-    labels = [f"t = {strip.times[i]:g}" for i in picked]
+    labels = [f"t = {round(float(strip.times[i]), 3):g}" for i in picked]
     return figures.tiles([grid(strip.pictures[i], columns=1) for i in picked], labels, len(picked))
 
 
