@@ -443,6 +443,15 @@ def test_metrics_of_a_run_at_work(whole, tmp_path):
     assert records.metrics(tmp_path / "metrics.jsonl") is None
 
 
+def test_the_grids_of_one_member_of_an_ensemble(tmp_path):
+    for step in (5, 10):
+        for member in (0, 1):
+            images.save_png(
+                tmp_path / f"step_{step:09}_member_{member}.png", np.full((4, 4, 1), 10 * step + member, np.uint8)
+            )
+    assert [(step, picture[0, 0, 0]) for step, picture in records.grids(tmp_path, 1)] == [(5, 51), (10, 101)]
+
+
 @pytest.mark.parametrize(
     ("file", "text", "told"),
     [

@@ -26,6 +26,7 @@ class Args(options.Arguments):
     weights: str = options.option(
         "ema", "averaged or plain parameters, or the length (sigma_rel) of a post-hoc average", options.which_weights
     )
+    member: int = options.option(0, "of an ensemble, the run to draw", options.at_least(0))
     out: str = options.option("", "folder of the plots, and of the page; WORKDIR/plots, and WORKDIR, when empty")
     platform: str = options.option("auto", "what to run on", options.one_of("auto", "cpu", "gpu", "tpu"))
     cpu_devices: int = options.option(
@@ -48,9 +49,9 @@ def main():
     run, step = experiment.find(args.workdir, args.step)
     out, page = (Path(os.path.expanduser(args.out)),) * 2 if args.out else (run / "plots", run)
     metrics, evaluation = records.metrics(run / "metrics.jsonl"), records.evaluation(run / "evaluation.json")
-    starts, grids = records.starts(run / "run.json"), records.grids(run / "samples")
+    starts, grids = records.starts(run / "run.json"), records.grids(run / "samples", args.member)
     parallel.start(args.num, platform=args.platform, distributed="off", cpu_devices=args.cpu_devices)
-    parts, params, step = experiment.restore(run, args.weights, step)
+    parts, params, step = experiment.restore(run, args.weights, step, args.member)
     log.note(f"step {step:,} of {run}, {args.weights} weights, {parallel.describe()}")
     with errors.writing(f"--out={out}"):
         out.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """What a run has written of itself, read back: metrics, grids, evaluation, starts."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -60,14 +61,16 @@ def _document(path, fits):
     return found
 
 
-def grids(folder, most=6):
+def grids(folder, member=0, most=6):
     """[(step, uint8 (H, W, 3))] of at most so many of the grids in a folder, evenly spread, with the first and last.
 
-    Large ones are made smaller. Raises DataError for one that cannot be read.
+    In the folder of an ensemble, of those of one `member`. Large ones are made smaller. Raises DataError for one that
+    cannot be read.
     """
-    paths = sorted(path for path in folder.glob("step_*.png") if path.stem[5:].isdigit())
-    picked = np.linspace(0, len(paths) - 1, min(most, len(paths))).astype(int)
-    return [(int(paths[i].stem[5:]), _picture(paths[i])) for i in picked]
+    names = ((re.fullmatch(rf"step_(\d+)(_member_{member})?", path.stem), path) for path in folder.glob("step_*.png"))
+    found = sorted((int(name[1]), path) for name, path in names if name)
+    picked = np.linspace(0, len(found) - 1, min(most, len(found))).astype(int)
+    return [(found[i][0], _picture(found[i][1])) for i in picked]
 
 
 def _picture(path):
