@@ -248,14 +248,26 @@ def differences(old, new):
     return [(name, a, b) for (name, _, _, a), (_, _, _, b) in pairs if a != b]
 
 
+def find(path):
+    """The file `path`, or the one of ours that it names where there is no such file: configs/digits.py, or digits."""
+    if Path(path).is_file():
+        return path
+    package = Path(__file__).parent
+    inside = package / "configs"  # where the wheel has them; in a clone they lie beside the package
+    ours = list((inside if inside.is_dir() else package.parent / "configs").glob("*.py"))
+    for file in ours:
+        if file.stem == str(path).removeprefix("configs/").removesuffix(".py"):
+            return file
+    known = sorted({f"configs/{file.name}" for file in (*ours, *Path("configs").glob("*.py"))})
+    raise ConfigError(f"no config file {path}; there are {', '.join(known)}")
+
+
 def load(path):
-    """The Config that the file's `get_config()` returns, or that a run's config.json holds.
+    """The Config that `get_config()` of the file returns, or that a run's config.json holds; path: as in `find`.
 
     A Python file is code: run only your own.
     """
-    if not Path(path).is_file():
-        known = ", ".join(sorted(map(str, Path("configs").glob("*.py"))))
-        raise ConfigError(f"no config file {path}" + (f"; there are {known}" if known else ""))
+    path = find(path)
     if Path(path).suffix == ".json":
         return from_json(Path(path).read_text(errors="replace"), path)
     try:
