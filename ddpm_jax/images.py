@@ -44,11 +44,16 @@ def save_png(path, image):
     write_atomic(path, buffer.getvalue())
 
 
-def save_gif(path, frames, seconds=3.0, hold=1.5):
-    """Write uint8 (F, H, W, C) as an endless GIF of `seconds`, the last frame held for `hold` seconds more."""
+def encode_gif(frames, seconds=3.0, hold=1.5):
+    """uint8 (F, H, W, C) as an endless GIF of `seconds`, the last frame held for `hold` seconds more; its bytes."""
     pictures = [_pillow(frame) for frame in frames]
     each = int(1000 * seconds / len(pictures))
     buffer = io.BytesIO()
     durations = [each] * (len(pictures) - 1) + [each + int(1000 * hold)]
     pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
-    write_atomic(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def save_gif(path, frames, seconds=3.0, hold=1.5):
+    """Write the GIF of encode_gif."""
+    write_atomic(path, encode_gif(frames, seconds, hold))

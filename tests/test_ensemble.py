@@ -27,6 +27,7 @@ def same(one, other):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_members_are_the_runs_of_their_seeds(script, tmp_path):
     """Parameters, averages, losses; and stopped and resumed, the same bits as without."""
     steps = "--config.train.steps=14"

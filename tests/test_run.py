@@ -78,6 +78,7 @@ def test_dry_run_writes_nothing(script, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_steps_in_one_call_and_a_stop_within_them(script, tmp_path):
     """The run of one step a call to rounding; stopped and resumed, the same bits as one that was not stopped."""
     common, at_once = [*SMALL, "--cpu-devices=1"], ["--config.train.steps_per_call=5", "--config.train.log_every=10"]

@@ -178,5 +178,7 @@ def make_schedule(name, T=1000, betas=(), zero_terminal_snr=False, resolution=0,
         if zero_terminal_snr and T < 2:
             raise ConfigError("diffusion.zero_terminal_snr needs diffusion.T of at least 2")
         betas = np.asarray(betas, np.float64) if len(betas) else SCHEDULES[name](T)
-        schedule = from_betas(zero_terminal(betas) if zero_terminal_snr else betas)
+        schedule = from_betas(betas)  # refuses betas that are none
+        if zero_terminal_snr:
+            schedule = from_betas(zero_terminal(betas))
     return schedule.shifted(2 * math.log(base_resolution / resolution)) if base_resolution else schedule

@@ -4,8 +4,9 @@ import dataclasses
 import sys
 
 from ddpm_jax import errors, options
+from ddpm_jax.files import write_atomic
 from ddpm_jax.schedules import make_schedule
-from ddpm_jax.schedules.report import plot, report, warn_of_signal
+from ddpm_jax.schedules.report import report, warn_of_signal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,10 @@ def main():
         print(f"{key:<14}{value:.6g}" + (" bits/dim at most" if key == "prior_kl" else ""))
     warn_of_signal(schedule)
     if out:
-        plot(schedule, out)
+        from ddpm_jax.plots import figures
+
+        with errors.writing(f"--out={out}"):
+            write_atomic(out, figures.png(figures.schedule(schedule)))
     return 0
 
 

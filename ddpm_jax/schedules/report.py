@@ -1,12 +1,7 @@
-"""How much of an image a schedule leaves at T, in numbers and as a picture."""
+"""How much of an image a schedule leaves at T."""
 
 import math
 import warnings
-
-import numpy as np
-
-from ddpm_jax.errors import ConfigError
-from ddpm_jax.schedules import ContinuousSchedule
 
 
 def report(schedule):
@@ -33,25 +28,3 @@ def warn_of_signal(schedule):
             "diffusion.T, diffusion.schedule=cosine or diffusion.zero_terminal_snr",
             stacklevel=3,
         )
-
-
-def plot(schedule, path):
-    """A PNG of alpha, sigma and log-SNR over t / T; needs matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError('--out needs matplotlib: pip install -e ".[plot]"') from error
-    share = np.arange(1, 1001) / 1000
-    times = share if isinstance(schedule, ContinuousSchedule) else np.ceil(share * schedule.T).astype(int)
-    levels = np.asarray(schedule.logsnr(times))
-    figure = Figure(figsize=(8, 3), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(share, np.sqrt(1 / (1 + np.exp(-levels))), label="alpha, the signal")
-    left.plot(share, np.sqrt(1 / (1 + np.exp(levels))), label="sigma, the noise")
-    left.legend()
-    right.plot(share, levels, label="log-SNR")
-    right.legend()
-    for axes in (left, right):
-        axes.set_xlabel("t / T")
-        axes.grid(alpha=0.3)
-    figure.savefig(path)

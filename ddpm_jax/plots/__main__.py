@@ -1,0 +1,82 @@
+"""Plot a run: python -m ddpm_jax.plots runs/digits --report
+
+Writes curves (SVG) and pictures (PNG, GIF) into RUN/plots, and with --report RUN/report.html, one page that holds them
+all. They follow from the run and its data, so nothing is lost with them: those of an earlier call are overwritten.
+"""
+
+import dataclasses
+import itertools
+import os
+import sys
+from pathlib import Path
+
+from ddpm_jax import errors, options
+from ddpm_jax.files import write_atomic
+
+
+@dataclasses.dataclass(frozen=True)
+class Args(options.Arguments):
+    workdir: str = options.option("", "folder of the run, or of one step of it; also as the first word")
+    step: int = options.option(0, "of the checkpoint; 0 for the newest", options.at_least(0))
+    report: bool = options.option(False, "also write the page")
+    curves: bool = options.option(False, "only what needs neither network nor data")
+    num: int = options.option(4, "images in each strip", options.at_least(1))
+    seed: int = options.option(0, "seed of the images", options.at_least(0), options.below(2**32))
+    steps: int = options.option(0, "sampling steps; 0 for train.sample_steps", options.at_least(0))
+    weights: str = options.option(
+        "ema", "averaged or plain parameters, or the length (sigma_rel) of a post-hoc average", options.which_weights
+    )
+    member: int = options.option(0, "of an ensemble, the run to draw", options.at_least(0))
+    out: str = options.option("", "folder of the plots, and of the page; WORKDIR/plots, and WORKDIR, when empty")
+    platform: str = options.option("auto", "what to run on", options.one_of("auto", "cpu", "gpu", "tpu"))
+    cpu_devices: int = options.option(
+        0, "as how many devices a CPU is used; 0 for up to one a core", options.at_least(0)
+    )
+    debug: bool = options.option(False, "show tracebacks")
+
+
+def main():
+    argv = [f"--workdir={word}" if i == 0 and word[:1] != "-" else word for i, word in enumerate(sys.argv[1:])]
+    args = options.parse(Args, argv, "-m ddpm_jax.plots RUN", __doc__)
+    if not args.workdir:
+        raise errors.ConfigError("name a run, for example python -m ddpm_jax.plots runs/digits")
+
+    from ddpm_jax import checkpoint, experiment, log, parallel
+    from ddpm_jax.plots import album, figures, records, report
+
+    figures.check()
+    checkpoint.quiet()
+    run, step = experiment.find(args.workdir, args.step)
+    out, page = (Path(os.path.expanduser(args.out)),) * 2 if args.out else (run / "plots", run)
+    metrics, evaluation = records.metrics(run / "metrics.jsonl"), records.evaluation(run / "evaluation.json")
+    starts, grids = records.starts(run / "run.json"), records.grids(run / "samples", args.member)
+    parallel.start(args.num, platform=args.platform, distributed="off", cpu_devices=args.cpu_devices)
+    parts, params, step = experiment.restore(run, args.weights, step, args.member)
+    log.note(f"step {step:,} of {run}, {args.weights} weights, {parallel.describe()}")
+    with errors.writing(f"--out={out}"):
+        out.mkdir(parents=True, exist_ok=True)
+
+    plots, drawn = [], album.of_files(parts.schedule, grids, metrics, evaluation)
+    if not args.curves:
+        steps, made_of = args.steps or parts.config.train.sample_steps, f"step {step:,}, {args.weights} weights"
+        of_samples = album.of_samples(parts, params, args.num, steps, args.seed, made_of)
+        drawn = itertools.chain(drawn, of_samples, album.of_data(parts, args.num, args.seed))
+    with parallel.memory_for(f"try a --num smaller than {args.num}"):
+        for plot in drawn:
+            plots.append(plot)
+            if plot.data is None:
+                log.note(plot.words)
+                continue
+            with errors.writing(f"--out={out}"):
+                write_atomic(out / plot.file, plot.data)
+    log.note(f"wrote {out}: {', '.join(plot.file for plot in plots if plot.data)}")
+    if args.report:
+        text = report.page(run, step, parts.config, experiment.parameter_count(parts), plots, starts, evaluation)
+        with errors.writing(f"--out={page}"):
+            write_atomic(page / "report.html", text.encode())
+        log.note(f"wrote {page / 'report.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run(main))

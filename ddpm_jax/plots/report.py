@@ -1,0 +1,155 @@
+"""One HTML page of a run that needs no other file: no script, no address, its pictures and curves inside."""
+
+import base64
+import os
+import re
+import shlex
+from html import escape
+from string import Template
+
+from ddpm_jax import config as configs
+from ddpm_jax import options
+from ddpm_jax.plots.album import SECTIONS
+from ddpm_jax.plots.figures import GRAY
+
+PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+:root { color-scheme: light dark; --ink: #1c1c1c; --page: #fff; --soft: #666; --line: #ccc; --box: #f4f4f4 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e4e4; --page: #14161a; --soft: #a0a0a0; --line: #3c3f45; --box: #1e2127 }
+}
+body { max-width: 52rem; margin: 0 auto; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif; color: var(--ink);
+  background: var(--page) }
+h1, h2, td, figcaption { overflow-wrap: anywhere }
+h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line) }
+figure { margin: 1.5rem 0 }
+figure > div, .wide { overflow-x: auto }
+figure svg { width: 100%; min-width: 36rem; height: auto }
+img { max-width: max(100%, 36rem); height: auto }
+figcaption, p.note { color: var(--soft); font-size: .9rem }
+table { border-collapse: collapse; width: 100%; min-width: 22rem; font-size: .9rem }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
+pre { padding: .6rem; background: var(--box); overflow-x: auto; font-size: .85rem }
+summary { cursor: pointer }
+</style>
+</head>
+<body>
+<h1>$title</h1>
+$body
+</body>
+</html>
+""")
+
+
+def page(run, step, config, parameters, plots, starts, evaluation):
+    """The HTML of a run's folder at `step`; starts: run.json, evaluation: evaluation.json, each None without."""
+    body = [f"<p>{escape(_summary(step, config, parameters))}</p>"]
+    for section in SECTIONS:
+        body += [f"<h2>{section}</h2>", *(_figure(plot) for plot in plots if plot.section == section)]
+    body.append(_evaluation(evaluation, run))
+    body += ["<h2>Config</h2>", *_config(config), "<h2>Environment</h2>", *_starts(starts)]
+    body += ["<h2>Again</h2>", _code("\n".join(commands(run, step, config)))]
+    return PAGE.substitute(title=escape(_name(run)), body="\n".join(body))
+
+
+def commands(run, step, config):
+    """The command lines that repeat a run, its last grid, its evaluation, and its plots."""
+    train = config.train
+    again = ["train.py", f"--config={run / 'config.json'}", f"--workdir=runs/{_name(run)}-again"]
+    grid = [f"--num={train.sample_num}", f"--seed={train.seed}", f"--sampler={train.sampler}"]
+    grid = ["sample.py", f"--workdir={run}", f"--step={step}", *grid, f"--steps={train.sample_steps}"]
+    others = [["evaluate.py", f"--workdir={run}"], ["-m", "ddpm_jax.plots", str(run), "--report"]]
+    return [shlex.join(["python", *words]) for words in (again, grid, *others)]
+
+
+def _name(run):
+    return os.path.basename(os.path.abspath(run))
+
+
+def _summary(step, config, parameters):
+    train = config.train
+    return (
+        f"{config.data.source}, {parameters:,} parameters, step {step:,} of {train.steps:,} with {train.batch_size} "
+        f"images each, schedule {config.diffusion.schedule}"
+    )
+
+
+def _figure(plot):
+    if plot.data is None:
+        return f'<p class="note">{escape(plot.words)}</p>'
+    if plot.file.endswith(".svg"):
+        shown = _inline(plot)
+    else:
+        kind, data = plot.file.rpartition(".")[-1], base64.b64encode(plot.data).decode()
+        shown = f'<img src="data:image/{kind};base64,{data}" alt="{escape(plot.words)}">'
+    return f"<figure>\n<div>{shown}</div>\n<figcaption>{escape(plot.words)}</figcaption>\n</figure>"
+
+
+def _inline(plot):
+    """The SVG inside a page: letters in the page's colour, and names of its own, which are the same in each file."""
+    text, name = plot.data.decode(), plot.file.removesuffix(".svg")
+    text = text[text.index("<svg") :].replace(GRAY, "currentColor")
+    text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    return text.replace("<svg", f'<svg role="img" aria-label="{escape(plot.words)}"', 1)
+
+
+def _evaluation(report, run):
+    if report is None:
+        return f'<p class="note">Not evaluated yet: python evaluate.py --workdir={escape(str(run))}</p>'
+    shown, rows = ("value", "standard_error", "unit", "real", "curve", "settings"), []
+    for name, number in report["metrics"].items():
+        real = f" (real images {_value(number['real'])})" if "real" in number else ""
+        rest = {key: value for key, value in number.items() if key not in shown} | number.get("settings", {})
+        rows.append((name, f"{_value(number)} {number['unit']}{real}", _flat(rest)))
+    rest = {key: value for key, value in report.items() if key not in ("metrics", "config")}
+    return _table(("metric", "value", "with"), [*rows, ("all of them", "", _flat(rest))])
+
+
+def _value(number):
+    error = number.get("standard_error")
+    return f"{number['value']:.4f}" + ("" if error is None else f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{error:.4f}")
+
+
+def _flat(value):
+    """A tree of JSON as words in one line."""
+    if isinstance(value, dict):
+        parts = {name: f"({_flat(part)})" if isinstance(part, dict) else _flat(part) for name, part in value.items()}
+        return ", ".join(f"{name} {part}" for name, part in parts.items())
+    return f"{value:.6g}" if isinstance(value, float) else options.to_text(value)
+
+
+def _config(config):
+    changed = configs.differences(configs.Config(), config)
+    rows = [(name, options.to_text(here), options.to_text(default)) for name, default, here in changed]
+    yield _folded("What differs from the defaults", _table(("field", "here", "default"), rows))
+    yield _folded("All of it", _code(configs.to_json(config)))
+
+
+def _starts(starts):
+    if not starts:
+        yield '<p class="note">There is no run.json: where this was trained is not known.</p>'
+    for start in starts or ():
+        rows = [(name, _flat(value)) for name, value in start.items() if name not in ("time", "argv")]
+        said = _code(shlex.join(["python", *start["argv"]]))
+        yield _folded(f"Started {start['time']}", said + _table(("what", "then"), rows))
+
+
+def _folded(title, inside):
+    return f"<details>\n<summary>{escape(title)}</summary>\n{inside}\n</details>"
+
+
+def _code(text):
+    return f"<pre><code>{escape(text)}</code></pre>"
+
+
+def _table(head, rows):
+    def line(cells, tag):
+        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    lines = [line(head, "th"), *(line(cells, "td") for cells in rows)]
+    return '<div class="wide"><table>\n' + "\n".join(lines) + "\n</table></div>"

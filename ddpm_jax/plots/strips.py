@@ -1,0 +1,65 @@
+"""Images on their way to noise and back, at moments that a figure or a GIF can show."""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from ddpm_jax import diffusion, experiment, keys, parallel
+from ddpm_jax.images import encode_gif, grid, to_uint8, to_unit
+from ddpm_jax.plots import figures
+from ddpm_jax.schedules import ContinuousSchedule
+
+FRAMES, COLUMNS = 40, 11  # of a GIF, of a strip: at most
+
+
+class Strip(NamedTuple):
+    times: np.ndarray  # (F,)
+    pictures: np.ndarray  # uint8 (F, N, H, W, C)
+
+
+def noised(schedule, x_0, times, key):
+    """x_t (eq. 4) at each of `times`, (F, N, H, W, C), of images x_0 (N, H, W, C); each has one eps for all times."""
+    eps = jax.random.normal(key, x_0.shape)
+    return jax.vmap(diffusion.q_sample, (None, None, 0))(x_0, eps, schedule.logsnr(times))
+
+
+def forward(schedule, images, seed=0):
+    """The Strip of uint8 images (N, H, W, C) on their way from t = 0 to T."""
+    most = FRAMES if isinstance(schedule, ContinuousSchedule) else min(FRAMES, schedule.T)
+    times = schedule.times(most)[::-1]
+    return Strip(times, np.asarray(to_uint8(noised(schedule, to_unit(images), times, keys.root(seed, "forward")))))
+
+
+def reverse(parts, params, num, steps, seed=0, preview=False):
+    """The Strip of the first `num` images of a seed, sampled as the run samples.
+
+    It shows x_t, or with `preview` the x_0_hat that was made of it; the last is the sample that sample.py gives.
+    """
+    times, root = parts.schedule.times(steps), keys.root(seed, "sample")
+    generate = experiment.make_generate(parts, parts.config.train.sampler, steps, frames=FRAMES, preview=preview)
+    indices = np.arange(num)
+    labels, params = experiment.labels_in_turn(parts, indices), parallel.replicate(params)
+    batches = parallel.generate_batches(parallel.pmap_generate(generate), params, root, indices, labels, num)
+    return Strip(shown(times, FRAMES, preview), np.concatenate(list(batches)).swapaxes(0, 1))
+
+
+def shown(times, frames, preview):
+    """The times of the frames that samplers.follow makes of a way through `times`."""
+    steps = len(times) - 1
+    frames = min(frames, steps)
+    # Steps before each frame; an x_0_hat is of the time at which the last of them began.
+    taken = -(-np.arange(1, frames + 1) * steps // frames)
+    return np.append(times[taken[:-1] - preview], 0)
+
+
+def draw(strip):
+    """The Figure of a Strip: the images below each other, time from left to right."""
+    picked = np.linspace(0, len(strip.times) - 1, min(COLUMNS, len(strip.times))).astype(int)
+    labels = [f"t = {round(float(strip.times[i]), 3):g}" for i in picked]
+    return figures.tiles([grid(strip.pictures[i], columns=1) for i in picked], labels, len(picked))
+
+
+def gif(strip):
+    """A Strip as the bytes of a GIF."""
+    return encode_gif([grid(page) for page in strip.pictures])
