@@ -73,7 +73,7 @@ def test_betas_outside_0_to_1_are_refused(bad):
 @pytest.mark.parametrize("zero", [False, True])
 def test_too_few_steps_for_a_schedule_are_told_as_such(zero):
     """At T = 10 the linear betas, 1000 / T times those of 1,000 steps, would end at 2."""
-    with pytest.raises(ConfigError, match="run from 0.01 to 2; with T=10"):
+    with pytest.raises(ConfigError, match=r"run from 0\.01 to 2; with T=10"):
         schedules.make_schedule("linear", 10, zero_terminal_snr=zero)
 
 
