@@ -33,20 +33,21 @@ def grid(images, columns=None, gap=2):
     return np.pad(page, ((0, gap), (0, gap), (0, 0)), constant_values=255)
 
 
-def _pillow(image):
+def to_pillow(image):
+    """uint8 (H, W, C), C = 1 or 3, as a Pillow image, which a notebook shows."""
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
 def save_png(path, image):
     """Write uint8 (H, W, C), C = 1 or 3, as PNG."""
     buffer = io.BytesIO()
-    _pillow(image).save(buffer, "PNG", optimize=True)
+    to_pillow(image).save(buffer, "PNG", optimize=True)
     write_atomic(path, buffer.getvalue())
 
 
 def encode_gif(frames, seconds=3.0, hold=1.5):
     """uint8 (F, H, W, C) as an endless GIF of `seconds`, the last frame held for `hold` seconds more; its bytes."""
-    pictures = [_pillow(frame) for frame in frames]
+    pictures = [to_pillow(frame) for frame in frames]
     each = int(1000 * seconds / len(pictures))
     buffer = io.BytesIO()
     durations = [each] * (len(pictures) - 1) + [each + int(1000 * hold)]

@@ -104,7 +104,7 @@ def on_run(args, workdir, step):
 
     All that can be checked is checked before the work.
     """
-    from ddpm_jax import experiment, parallel
+    from ddpm_jax import experiment, program
     from ddpm_jax.reports import likelihood, samples
 
     parts, params, step = experiment.restore(workdir, args.weights, step, args.member)
@@ -118,14 +118,15 @@ def on_run(args, workdir, step):
         rows = load_rows(args, parts)
     if of_samples:
         steps = args.steps or config.diffusion.T
-        generate = parallel.pmap_generate(experiment.make_generate(parts, args.sampler, steps, args.spacing))
+        draw = program.make_draw(parts, args.sampler, steps, args.spacing)
         judge = make_judge(args, config.data, args.num, parts.shape)
         drawn = told | {"sampler": args.sampler, "steps": steps, "spacing": args.spacing}
 
     def work(say):
         found = likelihood.report(parts, params, plan, rows, args.seed, args.batch_size, say) if of_run else {}
         if of_samples:
-            images = samples.draw(parts, params, generate, args.num, args.seed, args.batch_size, say)
+            batches = draw(params, args.num, args.seed, batch_size=args.batch_size)
+            images = samples.collect(batches, args.num, parts.shape, say)
             found |= judge(images, drawn, say)
         return found
 

@@ -65,7 +65,7 @@ def main():
 
     import numpy as np
 
-    from ddpm_jax import checkpoint, experiment, images, keys, log, parallel
+    from ddpm_jax import checkpoint, experiment, images, keys, log, parallel, program
 
     checkpoint.quiet()
     workdir, step = experiment.find(args.workdir, args.step)
@@ -78,7 +78,7 @@ def main():
     steps, root = args.steps or parts.config.diffusion.T, keys.root(args.seed, "sample")
     labels = choose_labels(args.label, parts, indices)
     given = {name: getattr(args, name) for name in ("eta", "churn", "variance") if getattr(args, name) is not None}
-    generate = experiment.make_generate(
+    draw = program.make_draw(
         parts,
         args.sampler,
         steps,
@@ -98,8 +98,7 @@ def main():
     )
     clock, batches = time.monotonic(), []
     with parallel.memory_for(f"try a --batch-size smaller than {args.batch_size}"):
-        params, generate = parallel.replicate(params), parallel.pmap_generate(generate)
-        for batch in parallel.generate_batches(generate, params, root, indices, labels, args.batch_size):
+        for batch in draw(params, len(indices), args.seed, labels, args.batch_size):
             batches.append(batch)
             done, took = sum(map(len, batches)), time.monotonic() - clock
             log.note(f"{done}/{len(indices)} images, {done / took:.1f} a second")

@@ -314,17 +314,15 @@ def make_grid_writer(parts, workdir, feed):
     import jax
     import numpy as np
 
-    from ddpm_jax import experiment, images, keys, parallel
+    from ddpm_jax import images, parallel, program
 
-    config, root = parts.config.train, keys.root(parts.config.train.seed, "sample")
-    generate = parallel.pmap_generate(experiment.make_generate(parts, config.sampler, config.sample_steps))
-    indices = np.arange(config.sample_num)
-    labels = experiment.labels_in_turn(parts, indices)
+    config = parts.config.train
+    draw = program.make_draw(parts, config.sampler, config.sample_steps)
 
-    def draw(params, name):
+    def write(params, name):
         batches = []
         with parallel.memory_for("try a smaller train.sample_num"):
-            for batch in parallel.generate_batches(generate, parallel.replicate(params), root, indices, labels):
+            for batch in draw(params, config.sample_num, config.seed):
                 batches.append(batch[:, -1])
                 feed()
         images.save_png(workdir / "samples" / name, images.grid(np.concatenate(batches)))
@@ -335,9 +333,9 @@ def make_grid_writer(parts, workdir, feed):
         try:
             params = jax.device_get(state.ema_params)
             if config.ensemble == 1:
-                draw(params, f"step_{step:09}.png")
+                write(params, f"step_{step:09}.png")
             for i in range(config.ensemble if config.ensemble > 1 else 0):
-                draw(jax.tree.map(lambda x, i=i: x[i], params), f"step_{step:09}_member_{i}.png")
+                write(jax.tree.map(lambda x, i=i: x[i], params), f"step_{step:09}_member_{i}.png")
         except (OSError, errors.UserError) as error:
             warnings.warn(f"there is no grid of samples at step {step}: {error}", stacklevel=2)
 
@@ -355,12 +353,11 @@ def make_evaluator(parts, dataset, feed, say):
 
     import jax
 
-    from ddpm_jax import experiment, features, parallel
+    from ddpm_jax import features, parallel, program
     from ddpm_jax.reports import samples
 
     extractor = features.load("enl0")
-    generate = experiment.make_generate(parts, config.evaluate_sampler, config.evaluate_steps)
-    generate = parallel.pmap_generate(generate)
+    draw = program.make_draw(parts, config.evaluate_sampler, config.evaluate_steps)
     where = {"source": data_config.source, "split": data_config.split}
 
     def evaluate(state, step):
@@ -369,7 +366,8 @@ def make_evaluator(parts, dataset, feed, say):
         try:
             with parallel.memory_for("go on with train.evaluate_every=0"):
                 params = jax.device_get(state.ema_params)
-                images = samples.draw(parts, params, generate, config.evaluate_num, config.seed, say=lambda _: feed())
+                batches = draw(params, config.evaluate_num, config.seed)
+                images = samples.collect(batches, config.evaluate_num, parts.shape, lambda _: feed())
                 found = samples.quick_kid(
                     images, dataset.images, where, extractor, data_config.cache_dir, lambda _: feed()
                 )

@@ -17,7 +17,7 @@ LARGE = 2**30  # bytes; what is less is soon in memory as a whole, where a memor
 
 class Dataset(NamedTuple):
     images: np.ndarray  # uint8 (N, H, W, C), in memory or mapped from a file
-    labels: np.ndarray | None  # int32 (N,), when the source has any
+    labels: np.ndarray | None = None  # int32 (N,), when the source has any
 
 
 def fingerprint(dataset):
