@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import data, experiment, keys, parallel, training
+from ddpm_jax.experiment import Experiment
 
 
 class Program(NamedTuple):
@@ -19,7 +20,7 @@ class Program(NamedTuple):
     step: Callable  # (state, batches, again) -> state, metrics with an axis of steps
 
 
-def make(parts, dataset):
+def make(parts: Experiment, dataset: data.Dataset) -> Program:
     """The Program of an Experiment on a Dataset."""
     return _ensemble(parts, dataset) if parts.config.train.ensemble > 1 else _single(parts, dataset)
 
@@ -77,7 +78,7 @@ def _ensemble(parts, dataset):
     return Program(jax.jit(init_states), place, batches, all_steps)
 
 
-def make_draw(parts, sampler, steps, *args, **options):
+def make_draw(parts: Experiment, sampler: str, steps: int, *args, **options) -> Callable:
     """draw(params, num, seed=0, labels=None, batch_size=64): the first `num` images of a seed, batch after batch.
 
     Arrays uint8 (b, frames, H, W, C), a sample and the way to it; a model with classes is given them in turn where
@@ -94,7 +95,7 @@ def make_draw(parts, sampler, steps, *args, **options):
     return draw
 
 
-def draw(parts, params, num, seed=0, sampler="ddpm", steps=0, batch_size=64, **options):
+def draw(parts: Experiment, params, num: int, seed=0, sampler="ddpm", steps=0, batch_size=64, **options) -> np.ndarray:
     """The first `num` images of a seed, uint8 (num, H, W, C), by so many steps, 0 for all T; otherwise as make_draw."""
     draw = make_draw(parts, sampler, steps or parts.config.diffusion.T, **options)
     return np.concatenate([batch[:, -1] for batch in draw(params, num, seed, batch_size=batch_size)])
