@@ -156,8 +156,8 @@ def run_loop(parts, dataset, bare):
     log tells, and the seconds of the whole stretch. The log counts neither its own writing nor the checkpoints, the
     clock counts both. What comes before the first line of the log is left out.
     """
-    import train
     from ddpm_jax import log
+    from ddpm_jax.commands import train
 
     bares, rows, clocked, begun = [], [], [], 0.0
     open_log = log.open_log

@@ -73,7 +73,7 @@ def open_manager(folder, keep=None, keep_every=0, read_only=False):
     )
 
 
-def steps(folder):
+def steps(folder: Path) -> list[int]:
     """The steps that have been committed, oldest first."""
     return sorted(int(path.parent.name) for path in Path(folder).glob(f"*/{MARKER}") if path.parent.name.isdigit())
 
@@ -335,7 +335,7 @@ def restore_state(folder, template, step=None, config=None):
     return template._replace(**parts, **counters), meta
 
 
-def versions():
+def versions() -> dict[str, str]:
     """The versions and settings on which the bits of a run depend."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     flags = {name: str(getattr(jax.config, name)) for name in ("jax_default_prng_impl", "jax_threefry_partitionable")}

@@ -9,6 +9,7 @@ import json
 import runpy
 import traceback
 from pathlib import Path
+from typing import Any
 
 from ddpm_jax.errors import ConfigError
 from ddpm_jax.options import (
@@ -216,11 +217,11 @@ MAY_CHANGE = {
 }
 
 
-def to_json(config):
+def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
-def from_json(text, where="config.json"):
+def from_json(text: str, where: str = "config.json") -> Config:
     """The Config in a JSON text. Plain data: nothing in it is executed; unknown names are refused."""
     try:
         sections = json.loads(text)
@@ -242,30 +243,43 @@ def from_json(text, where="config.json"):
         raise ConfigError(f"{error} (in {where})") from error
 
 
-def differences(old, new):
+def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
     """(name, old value, new value) of every field in which two configs differ."""
     pairs = zip(leaves(Config, old), leaves(Config, new), strict=True)
     return [(name, a, b) for (name, _, _, a), (_, _, _, b) in pairs if a != b]
 
 
-def load(path):
-    """The Config that the file's `get_config()` returns, or that a run's config.json holds.
+def find(path: str | Path) -> Path:
+    """The file `path`, or the one of ours that it names where there is no such file: configs/digits.py, or digits."""
+    if Path(path).is_file():
+        return Path(path)
+    package = Path(__file__).parent
+    inside = package / "configs"  # where the wheel has them; in a clone they lie beside the package
+    ours = list((inside if inside.is_dir() else package.parent / "configs").glob("*.py"))
+    for file in ours:
+        if file.stem == str(path).removeprefix("configs/").removesuffix(".py"):
+            return file
+    known = sorted({f"configs/{file.name}" for file in (*ours, *Path("configs").glob("*.py"))})
+    raise ConfigError(f"no config file {path}; there are {', '.join(known)}")
+
+
+def load(name: str | Path) -> Config:
+    """The Config that `get_config()` of the file returns, or that a run's config.json holds; its name is as in `find`.
 
     A Python file is code: run only your own.
     """
-    if not Path(path).is_file():
-        known = ", ".join(sorted(map(str, Path("configs").glob("*.py"))))
-        raise ConfigError(f"no config file {path}" + (f"; there are {known}" if known else ""))
-    if Path(path).suffix == ".json":
-        return from_json(Path(path).read_text(errors="replace"), path)
+    path = find(name)
+    if path.suffix == ".json":
+        return from_json(path.read_text(errors="replace"), str(path))
     try:
         config = runpy.run_path(str(path))["get_config"]()
     except ConfigError as error:
         raise ConfigError(f"{error} (in {path})") from error
     except Exception as error:
         lines = [at.lineno for at in traceback.extract_tb(error.__traceback__) if at.filename == str(path)]
-        here = isinstance(error, SyntaxError) and error.filename == str(path)
-        line = error.lineno if here else lines[-1] if lines else None
+        line = lines[-1] if lines else None
+        if isinstance(error, SyntaxError) and error.filename == str(path):
+            line = error.lineno
         what = "it has no get_config()" if isinstance(error, KeyError) and error.args == ("get_config",) else error
         where = f"{path}, line {line}" if line else path
         raise ConfigError(f"the config file fails ({where}): {type(error).__name__}: {what}") from error

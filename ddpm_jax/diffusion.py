@@ -17,19 +17,19 @@ import jax.numpy as jnp
 from ddpm_jax.keys import named
 
 
-def alpha_sigma(logsnr):
+def alpha_sigma(logsnr) -> tuple[jax.Array, jax.Array]:
     """Signal and noise level: alpha = sqrt(alphas_bar), sigma = sqrt(1 - alphas_bar). Clean data (+inf) gives 1, 0."""
     return jnp.sqrt(jax.nn.sigmoid(logsnr)), jnp.sqrt(jax.nn.sigmoid(-logsnr))
 
 
 @jax.jit
-def q_sample(x_0, eps, logsnr):
+def q_sample(x_0, eps, logsnr) -> jax.Array:
     """x_t drawn from q(x_t | x_0) by means of the standard normal eps (eq. 4). x_0, eps: any one shape."""
     alpha, sigma = alpha_sigma(logsnr)
     return alpha * x_0 + sigma * eps
 
 
-def q_posterior(x_0, x_t, logsnr_t, logsnr_s):
+def q_posterior(x_0, x_t, logsnr_t, logsnr_s) -> tuple[jax.Array, jax.Array]:
     """Mean and variance of q(x_s | x_t, x_0) for any s < t; s = t-1 gives eqs. 6 and 7.
 
     `share` = 1 - SNR_t / SNR_s is the part of x_t's noise added since s: beta_t / (1 - alphas_bar_t) when s = t-1.
@@ -41,7 +41,7 @@ def q_posterior(x_0, x_t, logsnr_t, logsnr_s):
     return mean, share * sigma_s**2
 
 
-def reverse_variance(logsnr_t, logsnr_s, nu):
+def reverse_variance(logsnr_t, logsnr_s, nu) -> jax.Array:
     """Variance of p(x_s | x_t): share sigma_s^(2 - 2 nu) sigma_t^(2 nu), 0 for the step to clean data.
 
     nu = 0 is the variance of q_posterior (beta-tilde_t when s = t-1), nu = 1 the largest one that makes sense
@@ -137,7 +137,7 @@ def huber(error):
 DISTANCES = {"l2": jnp.square, "l1": jnp.abs, "huber": huber}  # of each pixel's error
 
 
-def make_loss(net, schedule, parameterization, weight, distance=jnp.square, extra=lambda *_: 0.0):
+def make_loss(net, schedule, parameterization, weight, distance=jnp.square, extra=lambda *_: 0.0) -> Callable:
     """Algorithm 1, lines 2 to 5, for one image: loss(params, key, x_0, label=None, u=None) -> scalar.
 
     net: (params, x_t, t, key, label) -> output; parameterization: an entry of PARAMETERIZATIONS; weight: an entry of
@@ -172,7 +172,7 @@ def clip(x_0_hat):
     return jnp.clip(x_0_hat, -1.0, 1.0)
 
 
-def dynamic_threshold(x_0_hat, percentile=99.5):
+def dynamic_threshold(x_0_hat, percentile=99.5) -> jax.Array:
     """Saharia et al. 2022, section 2.3: what exceeds the percentile of |x_0_hat| is cut, and that is scaled to 1."""
     largest = jnp.maximum(1.0, jnp.percentile(jnp.abs(x_0_hat), percentile))
     return jnp.clip(x_0_hat, -largest, largest) / largest

@@ -44,12 +44,12 @@ def _means_between(x, y):
     return np.concatenate([sum(_kernel(a, b).sum(1) for _, b in _blocks(y)) for _, a in _blocks(x)]) / len(y)
 
 
-def kid(x, y):
+def kid(x: np.ndarray, y: np.ndarray) -> float:
     """The unbiased squared MMD under the kernel (x.y / d + 1)^3 (Binkowski et al. 2018, section 4); may be below 0."""
     return _mean_within(x) + _mean_within(y) - 2 * _means_between(x, y).mean()
 
 
-def kid_in_parts(x, y, size=1000):
+def kid_in_parts(x: np.ndarray, y: np.ndarray, size: int = 1000) -> tuple[float, float, int]:
     """(mean, standard error, number) of the KIDs of disjoint random parts of x, each of about `size`, to all of y.
 
     The error is that of x alone; while y is no smaller than x, that of y is far below it. At least two parts are made.
@@ -62,12 +62,12 @@ def kid_in_parts(x, y, size=1000):
 
 
 class Moments(NamedTuple):
-    count: int
+    num: int
     mean: np.ndarray  # (d,)
     covariance: np.ndarray  # (d, d), unbiased
 
 
-def moments(x):
+def moments(x: np.ndarray) -> Moments:
     """The Moments of x, from one pass over it (Chan et al. 1979: each block is added by its own mean and scatter)."""
     count, mean, scatter = 0, np.zeros(x.shape[1]), np.zeros((x.shape[1],) * 2)
     for _, a in _blocks(x):
@@ -79,7 +79,7 @@ def moments(x):
     return Moments(count, mean, scatter / (count - 1))
 
 
-def frechet(a, b):
+def frechet(a: Moments, b: Moments) -> float:
     """The squared Frechet distance of the Gaussians with the Moments a and b (Heusel et al. 2017, eq. 6).
 
     |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)); A B has the eigenvalues of the symmetric A^(1/2) B A^(1/2).
@@ -132,7 +132,7 @@ def _covered(x, y, radii):
     return inside / len(x)
 
 
-def precision_recall(samples, data, k=K):
+def precision_recall(samples: np.ndarray, data: np.ndarray, k: int = K) -> tuple[float, float]:
     """(precision, recall) of Kynkaanniemi et al. 2019: what share of one set lies in the balls around the other.
 
     The ball of an image reaches to its k-th nearest neighbour in its own set.
@@ -149,7 +149,7 @@ class Copies(NamedTuple):
     median_within: float  # distance of one of the data to the rest of them
 
 
-def copies(samples, data, most=10_000):
+def copies(samples: np.ndarray, data: np.ndarray, most: int = 10_000) -> Copies:
     """How many samples are as near to one of the data as only the share TWINS of the data is to another of them.
 
     New images of the same distribution would give about TWINS. Up to `most` of the data, evenly spaced, are asked for
@@ -169,7 +169,7 @@ class Tint(NamedTuple):
     spread_error: np.ndarray
 
 
-def tint(images):
+def tint(images: np.ndarray) -> Tint:
     """The Tint of uint8 images (N, H, W, C); the errors of a single one are 0."""
     flat = (np.asarray(image, np.float64).reshape(-1, image.shape[-1]) for image in images)
     first, second = np.array([(pixels.mean(0), (pixels**2).mean(0)) for pixels in flat]).swapaxes(0, 1)

@@ -2,11 +2,12 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from ddpm_jax import (
     averages,
@@ -21,6 +22,7 @@ from ddpm_jax import (
     unet,
 )
 from ddpm_jax.config import Config, from_json
+from ddpm_jax.data import Dataset
 from ddpm_jax.errors import CheckpointError, ConfigError
 from ddpm_jax.options import replace
 from ddpm_jax.schedules.report import warn_of_signal
@@ -28,14 +30,14 @@ from ddpm_jax.schedules.report import warn_of_signal
 
 class Experiment(NamedTuple):
     config: Config
-    shape: tuple[int, int, int]  # of one image
-    schedule: schedules.DiscreteSchedule | schedules.ContinuousSchedule
+    shape: tuple[int, ...]  # of one image, (H, W, C)
+    schedule: schedules.Schedule
     parameterization: diffusion.Parameterization
     init: Callable  # key -> params
     net: Callable  # the bare network
 
 
-def make(config, shape):
+def make(config: Config, shape: Sequence[int]) -> Experiment:
     """The network and the process that `config` describes, for images of `shape` (H, W, C).
 
     Raises ConfigError for any name in it that does not exist or that does not go with another, and warns when x_T
@@ -91,7 +93,7 @@ def _check_signal(names, schedule):
         )
 
 
-def find(path, step=0):
+def find(path: str | Path, step: int = 0) -> tuple[Path, int | None]:
     """(folder of the run, step or None for the newest) from that folder, its folder checkpoints or a step's folder.
 
     Raises CheckpointError when it is none of them, ConfigError when it is the folder of another step than `step`.
@@ -109,7 +111,7 @@ def find(path, step=0):
     raise CheckpointError(f"there is no run in {path} (no folder {steps}); train first, or see --workdir")
 
 
-def restore(workdir, weights, step=None, which=0):
+def restore(workdir: Path, weights: str, step: int | None = None, which: int = 0) -> tuple[Experiment, Any, int]:
     """(Experiment, parameters, step) of the newest whole checkpoint of a run, or of that of `step`.
 
     Of an ensemble, they are those of the member `which`.
@@ -117,7 +119,8 @@ def restore(workdir, weights, step=None, which=0):
     weights: "ema", "raw", or the sigma_rel of an average of that length, put together from the stored ones; its step,
     the last of them when not given, is counted in updates.
     """
-    folder, parts = workdir / "checkpoints", None
+    folder = workdir / "checkpoints"
+    parts: Any = None  # the Experiment of the checkpoint that is read
     items = {"ema": ["ema_params"], "raw": ["params"]}.get(weights, [])
     newest = folder / str(step or max(checkpoint.steps(folder), default=0))
     if newest.is_dir() and not all((newest / item).is_dir() for item in items):
@@ -145,7 +148,7 @@ def restore(workdir, weights, step=None, which=0):
     return parts, averages.reconstruct(workdir / "averages", template, float(weights), step), step
 
 
-def member(experiment, i):
+def member(experiment: Experiment, i: int) -> Experiment:
     """The Experiment that member `i` of an ensemble is by itself."""
     train = experiment.config.train
     own = {"learning_rate": train.learning_rates[i]} if train.learning_rates else {"seed": train.seed + i}
@@ -153,11 +156,11 @@ def member(experiment, i):
     return experiment._replace(config=replace(experiment.config, changes))
 
 
-def parameter_count(experiment):
+def parameter_count(experiment: Experiment) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(experiment.init, jax.random.key(0))))
 
 
-def with_labels(dataset, num_classes):
+def with_labels(dataset: Dataset, num_classes: int) -> Dataset:
     """The data set with labels if the model has classes, and without if not."""
     if not num_classes:
         return dataset._replace(labels=None)
@@ -169,25 +172,25 @@ def with_labels(dataset, num_classes):
     return dataset
 
 
-def labels_in_turn(experiment, indices):
+def labels_in_turn(experiment: Experiment, indices: np.ndarray) -> np.ndarray | None:
     """A class for each index, all classes in turn; None for a model without."""
     classes = experiment.config.model.num_classes
     return indices % classes if classes else None
 
 
-def learning_rate(experiment):
+def learning_rate(experiment: Experiment) -> Callable:
     """The learning rate as a function of the number of updates made before."""
     return training.warm_up(experiment.config.train.learning_rate, experiment.config.train.warmup_steps)
 
 
-def image_net(experiment):
+def image_net(experiment: Experiment) -> Callable:
     """The network of (H, W, C), one that conditions on itself asking itself first."""
     if not experiment.config.diffusion.self_conditioning:
         return experiment.net
     return conditioning.self_conditioning(experiment.net, experiment.schedule, experiment.parameterization)
 
 
-def make_training(experiment):
+def make_training(experiment: Experiment) -> tuple[Callable, Callable]:
     """(init_state, train_step): init_state(params=None) -> TrainState, of random parameters unless they are given.
 
     train_step is still to be mapped over devices.

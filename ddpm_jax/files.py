@@ -24,7 +24,7 @@ def write_atomic(path, data):
         part.unlink(missing_ok=True)
 
 
-_held = []  # open files, whose locks end with them
+_held: list = []  # open files, whose locks end with them
 
 
 def lock(folder):

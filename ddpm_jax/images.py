@@ -1,7 +1,9 @@
 """Pictures: [-1, 1] and uint8, grids, PNG and GIF."""
 
 import io
+from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
@@ -9,17 +11,17 @@ from PIL import Image
 from ddpm_jax.files import write_atomic
 
 
-def to_unit(image):
+def to_unit(image) -> jax.Array:
     """uint8 0..255 to float32 in [-1, 1] (Ho et al. 2020, section 3.3)."""
     return jnp.asarray(image, jnp.float32) / 127.5 - 1
 
 
-def to_uint8(x):
+def to_uint8(x) -> jax.Array:
     """[-1, 1] to uint8 by rounding to the nearest level; values outside are clipped, never wrapped."""
     return jnp.clip(jnp.round((x + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
 
-def grid(images, columns=None, gap=2):
+def grid(images, columns: int | None = None, gap: int = 2) -> np.ndarray:
     """uint8 (N, H, W, C) as one picture (H', W', C), row by row, small images enlarged by a whole factor."""
     images = np.asarray(images)
     n, height, width, channels = images.shape
@@ -33,20 +35,21 @@ def grid(images, columns=None, gap=2):
     return np.pad(page, ((0, gap), (0, gap), (0, 0)), constant_values=255)
 
 
-def _pillow(image):
+def to_pillow(image: np.ndarray) -> Image.Image:
+    """uint8 (H, W, C), C = 1 or 3, as a Pillow image, which a notebook shows."""
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
-def save_png(path, image):
+def save_png(path: str | Path, image: np.ndarray) -> None:
     """Write uint8 (H, W, C), C = 1 or 3, as PNG."""
     buffer = io.BytesIO()
-    _pillow(image).save(buffer, "PNG", optimize=True)
+    to_pillow(image).save(buffer, "PNG", optimize=True)
     write_atomic(path, buffer.getvalue())
 
 
-def encode_gif(frames, seconds=3.0, hold=1.5):
+def encode_gif(frames, seconds=3.0, hold=1.5) -> bytes:
     """uint8 (F, H, W, C) as an endless GIF of `seconds`, the last frame held for `hold` seconds more; its bytes."""
-    pictures = [_pillow(frame) for frame in frames]
+    pictures = [to_pillow(frame) for frame in frames]
     each = int(1000 * seconds / len(pictures))
     buffer = io.BytesIO()
     durations = [each] * (len(pictures) - 1) + [each + int(1000 * hold)]
@@ -54,6 +57,6 @@ def encode_gif(frames, seconds=3.0, hold=1.5):
     return buffer.getvalue()
 
 
-def save_gif(path, frames, seconds=3.0, hold=1.5):
+def save_gif(path: str | Path, frames, seconds=3.0, hold=1.5) -> None:
     """Write the GIF of encode_gif."""
     write_atomic(path, encode_gif(frames, seconds, hold))

@@ -9,11 +9,11 @@ import zlib
 import jax
 
 
-def named(key, name):
+def named(key: jax.Array, name: str) -> jax.Array:
     """The key of the stream `name` under `key`; a new name changes no other stream."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
-def root(seed, name):
+def root(seed: int, name: str) -> jax.Array:
     """The key from which everything called `name` ("init", "train", "sample") is drawn in a run."""
     return named(jax.random.key(seed), name)

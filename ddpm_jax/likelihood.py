@@ -6,6 +6,7 @@ the terms of the bound are summed over time. Images are in [-1, 1], where a leve
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from ddpm_jax.diffusion import VARIANCES, alpha_sigma, q_sample, reverse_varianc
 from ddpm_jax.images import to_unit
 from ddpm_jax.keys import named
 from ddpm_jax.samplers import Sampler, follow
+from ddpm_jax.schedules import Schedule
 
 HALF_BIN = 1 / 255
 
@@ -26,13 +28,13 @@ def _bits(nats):
     return jnp.mean(nats) / math.log(2)
 
 
-def prior_kl(x_0, logsnr):
+def prior_kl(x_0, logsnr) -> jax.Array:
     """L_T (eq. 5): KL from q(x_T | x_0), at the log-SNR of T, to the standard normal, in bits/dim. Not trained."""
     signal = jax.nn.sigmoid(logsnr)  # alphas_bar_T
     return _bits((signal * x_0**2 + (jax.nn.softplus(logsnr) - signal)) / 2)
 
 
-def step_kl(x_0, x_0_hat, logsnr_t, logsnr_s, nu=0.0):
+def step_kl(x_0, x_0_hat, logsnr_t, logsnr_s, nu=0.0) -> jax.Array:
     """L_{t-1} (eq. 8): KL from q(x_s | x_t, x_0) to p(x_s | x_t) for any 0 < s < t, in bits/dim.
 
     p has the mean of q_posterior at x_0_hat and the variance of reverse_variance at nu, a number or one for each pixel
@@ -53,7 +55,7 @@ def _log_tanh_cdf(z):
 DECODERS = {"exact": log_ndtr, "tanh": _log_tanh_cdf}
 
 
-def decoder_nll(x_0, mean, variance, log_cdf=log_ndtr):
+def decoder_nll(x_0, mean, variance, log_cdf=log_ndtr) -> jax.Array:
     """L_0 (eq. 13) in bits/dim: -log of the probability that N(mean, variance) gives to the bin of each pixel of x_0.
 
     Bins reach 1/255 to both sides of a level of 0..255; those of the levels 0 and 255 are open outwards. log_cdf: an
@@ -178,7 +180,7 @@ def ode_log_density(predict, schedule, times, x_0, key, divergence="exact"):
     return jnp.sum(norm.logpdf(path[-1]) + jnp.log(alpha_T)) - change
 
 
-def ode_bits_per_dim(predict, schedule, times, image, key, divergence="exact"):
+def ode_bits_per_dim(predict: Callable, schedule: Schedule, times, image, key, divergence="exact") -> jax.Array:
     """-log2 of the ODE's probability of a uint8 image, per dimension; see ode_log_density.
 
     Uniform dequantisation: each level gets noise uniform on its own bin, which is 1/127.5 wide in [-1, 1] (other code

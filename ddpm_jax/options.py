@@ -164,7 +164,8 @@ def nearest(name, known):
     """The one of `known` that is nearly `name`, by its last part or its initials (lr), in a list; or an empty list."""
     last = name.split(".")[-1].replace("-", "_")
     ends = {full.split(".")[-1]: full for full in known}
-    initials = {"".join(word[:1] for word in end.split("_")): full for end, full in ends.items() if end[0] == last[:1]}
+    first_wins = reversed(ends.items())
+    initials = {"".join(word[:1] for word in end.split("_")): full for end, full in first_wins if end[0] == last[:1]}
     near = difflib.get_close_matches(last, ends, 1, 0.75) or difflib.get_close_matches(last, initials, 1, 0.75)
     return [(initials | ends)[end] for end in near]
 

@@ -1,4 +1,4 @@
-"""The compiled program that a run repeats: steps of one training on all devices, or of an ensemble's on one each."""
+"""The compiled programs of a run: training on all devices, or an ensemble's on one each; sampling."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import data, experiment, keys, parallel, training
+from ddpm_jax.experiment import Experiment
 
 
 class Program(NamedTuple):
-    """`again` counts the roll-backs so far: after each, batches and draws are others."""
+    """`again` counts the roll-backs so far, 0 when not given: after each, batches and draws are others."""
 
     init_state: Callable  # () -> state, on the host's default device
     place: Callable  # state -> the same lying on the devices as `step` returns it
@@ -19,7 +20,7 @@ class Program(NamedTuple):
     step: Callable  # (state, batches, again) -> state, metrics with an axis of steps
 
 
-def make(parts, dataset):
+def make(parts: Experiment, dataset: data.Dataset) -> Program:
     """The Program of an Experiment on a Dataset."""
     return _ensemble(parts, dataset) if parts.config.train.ensemble > 1 else _single(parts, dataset)
 
@@ -29,11 +30,11 @@ def _single(parts, dataset):
     config, (init_state, train_step) = parts.config.train, experiment.make_training(parts)
     rows, step = parallel.local_rows(config.batch_size), parallel.pmap_step(training.several_steps(train_step))
 
-    def batches(steps, again):
+    def batches(steps, again=0):
         made = (data.batch(dataset, config.seed, step, config.batch_size, rows, again) for step in steps)
         return _stack(map(parallel.shard, made), 1)
 
-    def all_steps(state, batches, again):
+    def all_steps(state, batches, again=0):
         return step(state, batches, _root(config.seed, again))
 
     return Program(init_state, parallel.replicate, batches, all_steps)
@@ -61,13 +62,13 @@ def _ensemble(parts, dataset):
 
     step = jax.jit(step, donate_argnums=0)
 
-    def batches(steps, again):
+    def batches(steps, again=0):
         made = (
             _stack(data.batch(dataset, seed, step, config.batch_size, again=again) for step in steps) for seed in seeds
         )
         return _stack(made)
 
-    def all_steps(state, batches, again):
+    def all_steps(state, batches, again=0):
         return step(state, batches, jnp.stack([_root(seed, again) for seed in seeds]))
 
     def init_states():
@@ -75,6 +76,29 @@ def _ensemble(parts, dataset):
         return jax.vmap(init_state)(params)
 
     return Program(jax.jit(init_states), place, batches, all_steps)
+
+
+def make_draw(parts: Experiment, sampler: str, steps: int, *args, **options) -> Callable:
+    """draw(params, num, seed=0, labels=None, batch_size=64): the first `num` images of a seed, batch after batch.
+
+    Arrays uint8 (b, frames, H, W, C), a sample and the way to it; a model with classes is given them in turn where
+    there are no labels. The arguments are those of experiment.make_generate. Raises Diverged when a picture is not
+    finite.
+    """
+    generate = parallel.pmap_generate(experiment.make_generate(parts, sampler, steps, *args, **options))
+
+    def draw(params, num, seed=0, labels=None, batch_size=64):
+        indices, root = np.arange(num), keys.root(seed, "sample")
+        labels = experiment.labels_in_turn(parts, indices) if labels is None else labels
+        return parallel.generate_batches(generate, parallel.replicate(params), root, indices, labels, batch_size)
+
+    return draw
+
+
+def draw(parts: Experiment, params, num: int, seed=0, sampler="ddpm", steps=0, batch_size=64, **options) -> np.ndarray:
+    """The first `num` images of a seed, uint8 (num, H, W, C), by so many steps, 0 for all T; otherwise as make_draw."""
+    draw = make_draw(parts, sampler, steps or parts.config.diffusion.T, **options)
+    return np.concatenate([batch[:, -1] for batch in draw(params, num, seed, batch_size=batch_size)])
 
 
 def _root(seed, again):

@@ -108,9 +108,10 @@ def last_step(workdir, steps, step=0):
 
 def revision():
     """The git revision of this code, if there is one."""
-    if not shutil.which("git"):
+    clone = Path(__file__).parents[1]
+    if not shutil.which("git") or not (clone / ".git").exists():  # an installed package may lie inside another's
         return None
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    command = ["git", "-C", str(clone), "describe", "--always", "--dirty"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
 
 

@@ -21,6 +21,7 @@ from ddpm_jax.diffusion import VARIANCES, alpha_sigma, q_posterior, reverse_vari
 from ddpm_jax.errors import ConfigError
 from ddpm_jax.images import to_uint8
 from ddpm_jax.keys import named
+from ddpm_jax.schedules import Schedule
 
 
 class Sampler(NamedTuple):
@@ -33,7 +34,7 @@ def no_memory(x_T):
     return ()
 
 
-def ddpm(schedule, variance="fixedsmall"):
+def ddpm(schedule: Schedule, variance: str = "fixedsmall") -> Sampler:
     """Ancestral sampling (Algorithm 2): x_s from the Gaussian with the mean of q(x_s | x_t, x_0_hat).
 
     variance: a name in diffusion.VARIANCES. The step to clean data adds no noise.
@@ -51,7 +52,7 @@ def ddpm(schedule, variance="fixedsmall"):
     return Sampler(no_memory, step, variance == "learned")
 
 
-def ddim(schedule, eta=0.0):
+def ddim(schedule: Schedule, eta: float = 0.0) -> Sampler:
     """Song, Meng & Ermon 2020, eqs. 12 and 16: deterministic at eta = 0, the ancestral sampler at eta = 1.
 
     eps_hat is taken from x_0_hat, so that it also agrees with a clipped one. At eta = 0 a step may also go up, s > t.
@@ -72,7 +73,7 @@ def ddim(schedule, eta=0.0):
     return Sampler(no_memory, step)
 
 
-def dpmpp_2m(schedule):
+def dpmpp_2m(schedule: Schedule) -> Sampler:
     """DPM-Solver++(2M), Lu et al. 2022, algorithm 2: second order in the log-SNR, one call of the network a step.
 
     Remembers the last x_0_hat and the last step h in half log-SNR. The first step and the one to clean data, whose
@@ -95,7 +96,7 @@ def dpmpp_2m(schedule):
     return Sampler(init, step)
 
 
-def dpmpp_3m(schedule):
+def dpmpp_3m(schedule: Schedule) -> Sampler:
     """DPM-Solver++ of third order, multistep (Lu et al. 2022, eq. 4.2 with k = 3), one call of the network a step.
 
     The x_0_hat of the last three times, a parabola over half the log-SNR, is integrated exactly. The first step and
@@ -125,7 +126,7 @@ def dpmpp_3m(schedule):
     return Sampler(init, step)
 
 
-def heun(schedule):
+def heun(schedule: Schedule) -> Sampler:
     """Heun's second-order step of the probability-flow ODE (Karras et al. 2022, algorithm 1), two calls a step.
 
     Over the noise level n = sigma / alpha the ODE of y = x / alpha is dy/dn = eps_hat, so that Euler's step is DDIM's.
@@ -148,7 +149,7 @@ def heun(schedule):
     return Sampler(no_memory, step)
 
 
-def edm(schedule, churn=0.1, noise=1.007, low=0.01, high=1.0):
+def edm(schedule: Schedule, churn=0.1, noise=1.007, low=0.01, high=1.0) -> Sampler:
     """Karras et al. 2022, algorithm 2: Heun's step after the noise level has been raised by fresh noise.
 
     Where n = sigma / alpha lies between `low` and `high`, it is raised to (1 + churn) n, or for a discrete schedule to
@@ -171,10 +172,17 @@ def edm(schedule, churn=0.1, noise=1.007, low=0.01, high=1.0):
     return Sampler(no_memory, step)
 
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpmpp_2m": dpmpp_2m, "dpmpp_3m": dpmpp_3m, "heun": heun, "edm": edm}
+SAMPLERS: dict[str, Callable[..., Sampler]] = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_3m": dpmpp_3m,
+    "heun": heun,
+    "edm": edm,
+}
 
 
-def make_sampler(name, schedule, defaults=(), **options):
+def make_sampler(name: str, schedule: Schedule, defaults=(), **options) -> Sampler:
     """The Sampler `name`, with those of `options` that it has; a wrong name or option raises ConfigError.
 
     `defaults` are options that are passed over in silence when this sampler has no such option.
@@ -188,7 +196,7 @@ def make_sampler(name, schedule, defaults=(), **options):
     return SAMPLERS[name](schedule, **{k: v for k, v in dict(defaults).items() if k in has} | options)
 
 
-def with_preview(sampler):
+def with_preview(sampler: Sampler) -> Sampler:
     """`sampler` with the last x_0_hat at a visited time kept: its memory is (its own, x_0_hat).
 
     No further call of the network, but for edm, which asks at a time of its own.
@@ -209,7 +217,7 @@ def with_preview(sampler):
     return Sampler(init, step, sampler.asks_variance)
 
 
-def self_conditioned(sampler):
+def self_conditioned(sampler: Sampler) -> Sampler:
     """`sampler` for a network that is also shown its last x_0_hat (Chen et al. 2023): predict(x_t, t, x_0_hat).
 
     Its memory is that of with_preview.
@@ -222,12 +230,12 @@ def self_conditioned(sampler):
     return inner._replace(step=step)
 
 
-def pure_noise(key, shape):
+def pure_noise(key, shape) -> jax.Array:
     """x_T of the image that `key` belongs to."""
     return jax.random.normal(named(key, "x_T"), shape)
 
 
-def sample(predict, sampler, times, key, shape):
+def sample(predict: Callable, sampler: Sampler, times, key, shape) -> jax.Array:
     """x_0 of one image (Algorithm 2) by one scan over the pairs (t, s) of neighbouring `times`.
 
     times: falling, from the time of pure noise to 0, (n + 1,); shape: (H, W, C). The picture is a function of `key`.
@@ -235,7 +243,7 @@ def sample(predict, sampler, times, key, shape):
     return follow(predict, sampler, times, key, pure_noise(key, shape))[0][-1]
 
 
-def follow(predict, sampler, times, key, x, frames=1, view=lambda x, memory: x):
+def follow(predict: Callable, sampler: Sampler, times, key, x, frames=1, view=lambda x, memory: x):
     """(path, memory) of a sampler from `x` at times[0] through all `times`; the one loop over time there is.
 
     path: `view` of (x, memory), an array like x, at `frames` moments evenly spread over the way, (frames, ...); the
@@ -256,7 +264,7 @@ def follow(predict, sampler, times, key, x, frames=1, view=lambda x, memory: x):
     return path.at[-1].set(x), memory
 
 
-def make_generate(denoiser, sampler, times, start, frames=1, view=lambda x, memory: x):
+def make_generate(denoiser: Callable, sampler: Sampler, times, start, frames=1, view=lambda x, memory: x) -> Callable:
     """generate(params, root, index, label=None) -> image `index` of the stream `root`.
 
     denoiser: (params, label) -> predict; start: (predict, key, index) -> x at times[0]; frames, view: as in `follow`.

@@ -229,7 +229,7 @@ def call(monkeypatch, capsys):
 
     def run(module, *arguments):
         with warnings.catch_warnings():
-            monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, arguments)])
+            monkeypatch.setattr(sys, "argv", [module.__name__.rpartition(".")[2] + ".py", *map(str, arguments)])
             code = errors.run(module.main)
         return code, *capsys.readouterr()
 

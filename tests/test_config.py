@@ -297,29 +297,35 @@ ODD = Config(
         math.inf,
         0.0,
         (0.05, 0.1),
-        7,
+        6,
         "abort",
         1,
         5,
         True,
+        2,
+        1,
+        (),
         2**32 - 1,
+        2,
+        2,
         1,
-        1,
-        1,
-        3,
-        1,
+        4,
+        2,
         1,
         1,
         "ddim",
-        5,
+        6,
         20,
         7,
         "edm",
     ),
 )
+ENSEMBLE = Config(train=Train(ensemble=2, learning_rates=(1e-30, 0.1 + 0.2)))  # which does not go with all of these
 
 
-@pytest.mark.parametrize("config", [Config(), ODD, *map(configs.load, CONFIGS)], ids=lambda config: config.data.source)
+@pytest.mark.parametrize(
+    "config", [Config(), ODD, ENSEMBLE, *map(configs.load, CONFIGS)], ids=lambda config: config.data.source
+)
 def test_json_round_trip(config):
     text = configs.to_json(config)
     assert configs.from_json(text) == config
@@ -337,7 +343,7 @@ def test_a_runs_config_json_is_a_config_file(tmp_path):
 
 def test_odd_config_leaves_no_default():
     """So that the round trip of each field is seen."""
-    assert {name for name, _, _ in configs.differences(Config(), ODD)} == EVERY
+    assert {name for odd in (ODD, ENSEMBLE) for name, _, _ in configs.differences(Config(), odd)} == EVERY
 
 
 def test_what_may_change_exists():

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import NUM, ROOT, T, make_run
 
-import evaluate
 from ddpm_jax import keys, likelihood, reports
+from ddpm_jax.commands import evaluate
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def test_moments_streamed_are_those_of_the_whole(random, block):
     """Also where the mean is a million times the spread, as sums of squares would lose it."""
     x = random.normal(size=(100, 5)) @ random.normal(size=(5, 5)) + 1e6
     found = evaluation.moments(x)
-    assert found.count == 100
+    assert found.num == 100
     np.testing.assert_allclose(found.mean, x.mean(0), rtol=1e-12)
     np.testing.assert_allclose(found.covariance, np.cov(x.T), rtol=1e-8, atol=1e-8)
 

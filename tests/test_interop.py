@@ -19,11 +19,10 @@ from conftest import make_run, random_params
 from published import CIFAR10, OLD_SCHEDULER, PAPER_256, TRAIN_UNCONDITIONAL
 from safetensors.numpy import load_file, save_file
 
-import evaluate
-import sample
 from configs import celebahq256, cifar10
 from ddpm_jax import checkpoint, experiment, runs, schedules, trees
 from ddpm_jax import config as configs
+from ddpm_jax.commands import evaluate, sample
 from ddpm_jax.errors import CheckpointError, ConfigError
 from ddpm_jax.interop import __main__ as interop
 from ddpm_jax.interop import layout, released, tensors
@@ -98,7 +97,7 @@ def test_an_imported_run_is_sampled_evaluated_and_trained_on(call, script, run, 
 
     code, said, _ = call(interop, "import", tmp_path / "ddpm", f"--workdir={workdir}")
     assert code == 0
-    assert f"python sample.py --workdir={workdir} --spacing=leading\n" in said
+    assert f"python -m ddpm_jax sample --workdir={workdir} --spacing=leading\n" in said
     assert call(sample, f"--workdir={workdir}", "--num=8", "--steps=2")[0] == 0
     assert np.load(workdir / "out" / "samples.npz")["images"].shape == (8, 4, 4, 1)
     command = [*said.splitlines()[-1].replace("folder:DIR", source).split()[1:], "--cpu-devices=1"]

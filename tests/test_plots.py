@@ -19,10 +19,8 @@ import pytest
 from conftest import T, make_run
 from PIL import Image
 
-import evaluate
-import sample
-import train
 from ddpm_jax import errors, images, options, samplers, schedules
+from ddpm_jax.commands import COMMANDS, evaluate, sample, train
 from ddpm_jax.config import load, to_json
 from ddpm_jax.plots import __main__ as plots
 from ddpm_jax.plots import album, figures, records, report, strips
@@ -413,11 +411,13 @@ def test_the_commands_of_the_page_repeat_the_run_and_its_last_grid(whole, drawn,
     folder, parts, params, _ = bare
     parts = parts._replace(config=options.replace(parts.config, {"train.seed": 4}))
     (folder / "config.json").write_text(to_json(parts.config))
-    again, grid, judged, plotted = (shlex.split(line)[2:] for line in report.commands(folder, 5, parts.config))
+    *lines, plotted = map(shlex.split, report.commands(folder, 5, parts.config))
+    assert [line[:4] for line in lines] == [["python", "-m", "ddpm_jax", name] for name in COMMANDS]
+    again, grid, judged = (line[4:] for line in lines)
     args = options.parse(train.Args, again, "train.py", "", load)
     assert (args.config, Path(args.workdir).exists()) == (parts.config, False)
     assert options.parse(evaluate.Args, judged, "evaluate.py", "").workdir == str(folder)
-    assert plotted == ["ddpm_jax.plots", str(folder), "--report"]
+    assert plotted == ["python", "-m", "ddpm_jax.plots", str(folder), "--report"]
 
     assert call(sample, *grid, f"--out={tmp_path}")[0] == 0
     train.make_grid_writer(parts, tmp_path, lambda: None)(SimpleNamespace(ema_params=params), 5)
@@ -512,7 +512,7 @@ def test_in_the_folder_itself(broken, call, monkeypatch):
     assert call(plots, ".", "--curves", "--report")[0] == 0
     page = (broken / "report.html").read_text()
     assert "<title>run</title>" in page
-    assert "python train.py --config=config.json --workdir=runs/run-again\n" in page
+    assert "python -m ddpm_jax train --config=config.json --workdir=runs/run-again\n" in page
 
 
 def test_what_is_drawn_before_a_failure_is_there(whole, call, monkeypatch, tmp_path):

@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 from conftest import SMALL, assert_same_end, fingerprint, make_run, metrics
 
-import evaluate
-import sample
-import train
 from ddpm_jax import data, errors, evaluation, experiment, features, training
+from ddpm_jax.commands import evaluate, sample, train
 from ddpm_jax.config import Config, Train, to_json
 from ddpm_jax.features import enl0
 from ddpm_jax.reports import samples

@@ -17,9 +17,8 @@ import pytest
 from conftest import ROOT, T, make_run
 from PIL import Image
 
-import evaluate
-import sample
 from ddpm_jax import averages, checkpoint, experiment, schedules
+from ddpm_jax.commands import evaluate, sample
 from ddpm_jax.errors import CheckpointError, ConfigError
 
 OUTPUTS = ["denoising.gif", "grid.png", "image_000000.png", "image_000001.png", "samples.npz"]
@@ -170,15 +169,15 @@ def test_fault_77_a_full_disk_leaves_no_half_of_a_file(run, call, tmp_path, scri
 # sample.py, which waits for a minute when the new grid is about to take the place of the old one.
 SLOW = """
 import os, sys, time
-import sample
 from ddpm_jax import errors
+from ddpm_jax.commands import sample
 replace = os.replace
 def slow(part, path):
     if str(path).endswith("grid.png"):
         print("written by halves", flush=True)
         time.sleep(60)
     replace(part, path)
-os.replace = slow
+os.replace, sys.argv[0] = slow, "sample.py"
 sys.exit(errors.run(sample.main))
 """
 

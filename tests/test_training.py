@@ -10,9 +10,8 @@ import pytest
 import scipy
 from conftest import assert_one_line, make_run
 
-import evaluate
-import sample
 from ddpm_jax import checkpoint, parallel, training
+from ddpm_jax.commands import evaluate, sample
 from ddpm_jax.reports import dry_run
 
 ROOT = jax.random.key(0)

@@ -2,6 +2,7 @@
 
 import os
 import stat
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -36,7 +37,7 @@ def _size_and_time(path):
     return at.st_size, at.st_mtime_ns
 
 
-def read(path, image_size, channels):
+def read(path: str | Path, image_size: tuple[int, ...], channels: int) -> np.ndarray:
     """A picture file as uint8 (H, W, C) of the wanted size.
 
     Turned upright (EXIF), transparency put on white, 16 bits scaled to 8, the first frame of an animation. Raises

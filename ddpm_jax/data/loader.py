@@ -5,6 +5,7 @@ import contextlib
 import functools
 import mmap
 import zlib
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -17,10 +18,10 @@ LARGE = 2**30  # bytes; what is less is soon in memory as a whole, where a memor
 
 class Dataset(NamedTuple):
     images: np.ndarray  # uint8 (N, H, W, C), in memory or mapped from a file
-    labels: np.ndarray | None  # int32 (N,), when the source has any
+    labels: np.ndarray | None = None  # int32 (N,), when the source has any
 
 
-def fingerprint(dataset):
+def fingerprint(dataset: Dataset) -> str:
     """A short text that tells data sets apart: shape and CRC-32 of the labels and up to 1,000 evenly spaced images."""
     images, labels = dataset
     crc = 0 if labels is None else zlib.crc32(labels.astype("<i8"))
@@ -58,7 +59,7 @@ def _permutation(n, seed, epoch, again):
     return np.random.default_rng([seed, epoch, again]).permutation(n)
 
 
-def batch(dataset, seed, step, batch_size, rows=slice(None), again=0):
+def batch(dataset: Dataset, seed: int, step: int, batch_size: int, rows=slice(None), again=0) -> dict[str, np.ndarray]:
     """The batch of `step` (counted from 0): {"index": int32 (b,), "image": uint8 (b, H, W, C), "label"?: int32 (b,)}.
 
     Each epoch is a permutation of its own, cut into N // batch_size batches; the few images left over sit that epoch
@@ -78,7 +79,7 @@ def batch(dataset, seed, step, batch_size, rows=slice(None), again=0):
     return {"index": index.astype(np.int32), "image": image, **label}
 
 
-def prefetch(make, first, last, ahead=2, threads=1):
+def prefetch(make: Callable, first: int, last: int, ahead=2, threads=1) -> Iterator:
     """make(first), ..., make(last - 1), up to `ahead` of them prepared in threads while the caller is busy."""
     with ThreadPoolExecutor(threads) as pool:
         waiting = collections.deque(pool.submit(make, step) for step in range(first, min(first + ahead, last)))

@@ -1,6 +1,7 @@
 """Where images come from: SOURCES maps the word before the colon of `data.source` to a function that reads it."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from ddpm_jax.errors import DataError, first_line
 from ddpm_jax.log import note
 
 
-def load(source, image_size=(), channels=0, **options):
+def load(source: str, image_size: tuple[int, ...] = (), channels: int = 0, **options) -> Dataset:
     """The Dataset that `source` names: digits, tfds:NAME, folder:DIR or npz:FILE; `options` are config.Data's.
 
     Raises DataError when there is no such source, or nothing usable in it.
@@ -29,7 +30,7 @@ def load(source, image_size=(), channels=0, **options):
     return dataset
 
 
-def from_npz(path, image_size, channels, **_):
+def from_npz(path: str, image_size: tuple[int, ...], channels: int, **_) -> Dataset:
     """`images` (and `labels`) of an npz file, or a lone npy file, which is mapped: uint8 (N, H, W[, C])."""
     try:
         file = np.load(Path(path).expanduser(), mmap_mode="r", allow_pickle=False)
@@ -102,4 +103,9 @@ def _top(name):
     return name.split(os.sep)[0]
 
 
-SOURCES = {"digits": from_digits, "tfds": from_tfds, "folder": from_folder, "npz": from_npz}
+SOURCES: dict[str, Callable[..., Dataset]] = {
+    "digits": from_digits,
+    "tfds": from_tfds,
+    "folder": from_folder,
+    "npz": from_npz,
+}

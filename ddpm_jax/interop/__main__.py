@@ -14,7 +14,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from ddpm_jax import errors, options
+from ddpm_jax import commands, errors, options
 
 RUN = ("config.json", "checkpoints", "averages", "samples", "metrics.jsonl", "run.json")  # what training writes
 
@@ -78,9 +78,9 @@ def import_run(args, path):
     for note in found.notes:
         log.note(note)
     log.note(f"{path} is now step 0 of {workdir}: {experiment.parameter_count(parts):,} parameters")
-    log.note(f"python sample.py --workdir={workdir}{found.sampling}")
+    log.note(f"python {commands.spelled('sample')} --workdir={workdir}{found.sampling}")
     source = "" if parts.config.data.source != "folder:" else " --config.data.source=folder:DIR"
-    log.note(f"python train.py --config={workdir}/config.json --workdir={workdir}{source}")
+    log.note(f"python {commands.spelled('train')} --config={workdir}/config.json --workdir={workdir}{source}")
     return 0
 
 

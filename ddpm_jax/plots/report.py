@@ -9,6 +9,7 @@ from string import Template
 
 from ddpm_jax import config as configs
 from ddpm_jax import options
+from ddpm_jax.commands import spelled
 from ddpm_jax.plots.album import SECTIONS
 from ddpm_jax.plots.figures import GRAY
 
@@ -60,11 +61,11 @@ def page(run, step, config, parameters, plots, starts, evaluation):
 def commands(run, step, config):
     """The command lines that repeat a run, its last grid, its evaluation, and its plots."""
     train = config.train
-    again = ["train.py", f"--config={run / 'config.json'}", f"--workdir=runs/{_name(run)}-again"]
+    again = ["train", f"--config={run / 'config.json'}", f"--workdir=runs/{_name(run)}-again"]
     grid = [f"--num={train.sample_num}", f"--seed={train.seed}", f"--sampler={train.sampler}"]
-    grid = ["sample.py", f"--workdir={run}", f"--step={step}", *grid, f"--steps={train.sample_steps}"]
-    others = [["evaluate.py", f"--workdir={run}"], ["-m", "ddpm_jax.plots", str(run), "--report"]]
-    return [shlex.join(["python", *words]) for words in (again, grid, *others)]
+    grid = ["sample", f"--workdir={run}", f"--step={step}", *grid, f"--steps={train.sample_steps}"]
+    lines = [[*spelled(command).split(), *words] for command, *words in (again, grid, ["evaluate", f"--workdir={run}"])]
+    return [shlex.join(["python", *words]) for words in (*lines, ["-m", "ddpm_jax.plots", str(run), "--report"])]
 
 
 def _name(run):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from ddpm_jax import diffusion, experiment, keys, parallel
+from ddpm_jax import diffusion, keys, program
 from ddpm_jax.images import encode_gif, grid, to_uint8, to_unit
 from ddpm_jax.plots import figures
 from ddpm_jax.schedules import ContinuousSchedule
@@ -36,12 +36,9 @@ def reverse(parts, params, num, steps, seed=0, preview=False):
 
     It shows x_t, or with `preview` the x_0_hat that was made of it; the last is the sample that sample.py gives.
     """
-    times, root = parts.schedule.times(steps), keys.root(seed, "sample")
-    generate = experiment.make_generate(parts, parts.config.train.sampler, steps, frames=FRAMES, preview=preview)
-    indices = np.arange(num)
-    labels, params = experiment.labels_in_turn(parts, indices), parallel.replicate(params)
-    batches = parallel.generate_batches(parallel.pmap_generate(generate), params, root, indices, labels, num)
-    return Strip(shown(times, FRAMES, preview), np.concatenate(list(batches)).swapaxes(0, 1))
+    draw = program.make_draw(parts, parts.config.train.sampler, steps, frames=FRAMES, preview=preview)
+    pictures = np.concatenate(list(draw(params, num, seed, batch_size=num)))
+    return Strip(shown(parts.schedule.times(steps), FRAMES, preview), pictures.swapaxes(0, 1))
 
 
 def shown(times, frames, preview):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ddpm_jax import evaluation, experiment, features, keys, parallel
+from ddpm_jax import evaluation, features
 from ddpm_jax.errors import ConfigError, writing
 from ddpm_jax.features import cache
 
@@ -16,21 +16,19 @@ LEAST = 2 * PARTS  # images
 MOST = 10_000  # of the data, where a KID is to be quick
 
 
-def draw(parts, params, generate, num, seed, batch_size=64, say=lambda text: None):
-    """uint8 (num, H, W, C) in a nameless file: the images that sample.py gives for the same options.
+def collect(batches, num, shape, say=lambda text: None):
+    """uint8 (num, H, W, C) in a nameless file, of images of `shape`; say(text) is called after each batch.
 
-    generate: what experiment.make_generate gives, pmapped; say(text) is called after each batch.
+    batches: what the function that program.make_draw gives makes of `num`.
     """
-    indices, root = np.arange(num), keys.root(seed, "sample")
-    labels, params = experiment.labels_in_turn(parts, indices), parallel.replicate(params)
     clock, done = time.monotonic(), 0
     with writing("the folder of temporary files (TMPDIR)"), tempfile.TemporaryFile() as file:
-        for batch in parallel.generate_batches(generate, params, root, indices, labels, batch_size):
+        for batch in batches:
             file.write(batch[:, -1].tobytes())
             done, took = done + len(batch), time.monotonic() - clock
             say(f"{done}/{num} samples, {done / took:.1f} a second")
         file.flush()
-        return np.memmap(file, np.uint8, "r", shape=(num, *parts.shape))
+        return np.memmap(file, np.uint8, "r", shape=(num, *shape))
 
 
 class Sets(NamedTuple):

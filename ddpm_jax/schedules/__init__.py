@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from ddpm_jax.errors import ConfigError
 from ddpm_jax.schedules.levels import (  # noqa: F401
@@ -48,14 +49,21 @@ def _spaced(table, n, spacing, most):
 class DiscreteSchedule(NamedTuple):
     """Noise levels at t = 0..T. A pytree: passing another schedule of the same T compiles nothing anew."""
 
-    table: jax.Array  # log-SNR, float32 (T + 1,), table[0] = +inf
-
-    first = 1  # the time of the least noise
-    time_scale = 1.0  # brings the times to those that the network's time embedding is made for
+    table: jax.Array | np.ndarray  # log-SNR, float32 (T + 1,), table[0] = +inf
 
     @property
-    def T(self):
+    def T(self) -> int:
         return len(self.table) - 1
+
+    @property
+    def first(self) -> int:
+        """The time of the least noise."""
+        return 1
+
+    @property
+    def time_scale(self) -> float:
+        """What brings the times to those that the network's time embedding is made for."""
+        return 1.0
 
     def logsnr(self, t):
         """Log-SNR at integer times t in 0..T, any shape; NaN outside, where plain indexing would clamp or wrap."""
@@ -99,9 +107,17 @@ class ContinuousSchedule(NamedTuple):
 
     curve: Callable  # t in (0, 1] -> log-SNR, falling
 
-    T = 1.0
-    first = FIRST
-    time_scale = 1000.0
+    @property
+    def T(self) -> float:
+        return 1.0
+
+    @property
+    def first(self) -> float:
+        return FIRST
+
+    @property
+    def time_scale(self) -> float:
+        return 1000.0
 
     def logsnr(self, t):
         """Log-SNR at times t in [0, 1], any shape, +inf at 0; NaN outside."""
@@ -142,7 +158,10 @@ class ContinuousSchedule(NamedTuple):
             return np.asarray(self.logsnr(np.arange(round(1 / FIRST) + 1) * FIRST), np.float64)
 
 
-def from_betas(betas):
+Schedule = DiscreteSchedule | ContinuousSchedule
+
+
+def from_betas(betas: ArrayLike) -> DiscreteSchedule:
     """The DiscreteSchedule of betas beta_1..beta_T (eq. 2), each in (0, 1); beta_T may be 1, which leaves no signal.
 
     Raises ConfigError for a beta outside; then a larger T or the cosine schedule helps.
@@ -159,7 +178,7 @@ def from_betas(betas):
     return DiscreteSchedule(np.concatenate([[np.inf], logsnr]).astype(np.float32))
 
 
-def make_schedule(name, T=1000, betas=(), zero_terminal_snr=False, resolution=0, base_resolution=0):
+def make_schedule(name: str, T=1000, betas=(), zero_terminal_snr=False, resolution=0, base_resolution=0) -> Schedule:
     """The schedule `name` of SCHEDULES (with T steps) or CURVES (continuous).
 
     `betas` stand in its place when given. zero_terminal_snr takes the last signal away. With a base_resolution, images
@@ -173,7 +192,7 @@ def make_schedule(name, T=1000, betas=(), zero_terminal_snr=False, resolution=0,
     if name in CURVES:
         if len(betas) or zero_terminal_snr:
             raise ConfigError(f"diffusion.schedule={name} is continuous and takes no betas and no zero_terminal_snr")
-        schedule = ContinuousSchedule(CURVES[name])
+        schedule: Schedule = ContinuousSchedule(CURVES[name])
     else:
         if zero_terminal_snr and T < 2:
             raise ConfigError("diffusion.zero_terminal_snr needs diffusion.T of at least 2")

@@ -1,12 +1,13 @@
 """The formulas of the noise schedules: betas at t = 1..T in NumPy float64, or log-SNR as a curve over t in (0, 1]."""
 
 import math
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
 
 
-def linear_betas(T=1000, start=1e-4, end=0.02, scale=True):
+def linear_betas(T: int = 1000, start=1e-4, end=0.02, scale=True) -> np.ndarray:
     """Ho et al. 2020, section 4: T betas from `start` to `end`, NumPy float64 (T,).
 
     With `scale` both ends are multiplied by 1000 / T, so that any T ends at about the same noise
@@ -16,7 +17,7 @@ def linear_betas(T=1000, start=1e-4, end=0.02, scale=True):
     return np.linspace(start * factor, end * factor, T)
 
 
-def cosine_betas(T=1000, s=0.008, largest=0.999):
+def cosine_betas(T: int = 1000, s=0.008, largest=0.999) -> np.ndarray:
     """Nichol & Dhariwal 2021, eq. 17: alphas_bar_t proportional to cos^2((t/T + s) / (1 + s) * pi/2).
 
     Each beta is capped at `largest`; alphas_bar is then the product of the capped betas. NumPy float64 (T,).
@@ -25,29 +26,29 @@ def cosine_betas(T=1000, s=0.008, largest=0.999):
     return np.minimum(1 - level[1:] / level[:-1], largest)
 
 
-def quadratic_betas(T=1000, start=1e-4, end=0.02, scale=True):
+def quadratic_betas(T: int = 1000, start=1e-4, end=0.02, scale=True) -> np.ndarray:
     """`quad` of Ho's code: linear in the square root of beta. NumPy float64 (T,)."""
     factor = 1000 / T if scale else 1.0
     return np.linspace(math.sqrt(start), math.sqrt(end), T) ** 2 * factor
 
 
-def constant_betas(T=1000, value=0.02, scale=True):
+def constant_betas(T: int = 1000, value=0.02, scale=True) -> np.ndarray:
     """`const` of Ho's code: the same beta at every time. NumPy float64 (T,)."""
     return np.full(T, value * (1000 / T if scale else 1.0))
 
 
-def warm_up_betas(T=1000, start=1e-4, end=0.02, share=0.1, scale=True):
+def warm_up_betas(T: int = 1000, start=1e-4, end=0.02, share=0.1, scale=True) -> np.ndarray:
     """`warmup10` of Ho's code: linear over the first `share` of the times, constant after. NumPy float64 (T,)."""
     factor, rising = 1000 / T if scale else 1.0, int(T * share)
     return np.concatenate([np.linspace(start, end, rising), np.full(T - rising, end)]) * factor
 
 
-def jsd_betas(T=1000):
+def jsd_betas(T: int = 1000) -> np.ndarray:
     """`jsd` of Ho's code: beta_t = 1 / (T - t + 1), so that alphas_bar_t = 1 - t / T ends at 0. NumPy float64 (T,)."""
     return 1 / np.arange(T, 0, -1)
 
 
-def sigmoid_betas(T=1000, start=-3.0, end=3.0, tau=1.0, largest=0.999):
+def sigmoid_betas(T: int = 1000, start=-3.0, end=3.0, tau=1.0, largest=0.999) -> np.ndarray:
     """Jabri et al. 2022; Chen 2023: alphas_bar is a sigmoid of t / T, from `start` to `end`, scaled to run from 1 to 0.
 
     Each beta is capped at `largest`; alphas_bar is then the product of the capped betas. NumPy float64 (T,).
@@ -57,7 +58,7 @@ def sigmoid_betas(T=1000, start=-3.0, end=3.0, tau=1.0, largest=0.999):
     return np.minimum(1 - level[1:] / level[:-1], largest)
 
 
-SCHEDULES = {  # T -> betas
+SCHEDULES: dict[str, Callable[[int], np.ndarray]] = {  # T -> betas
     "linear": linear_betas,
     "cosine": cosine_betas,
     "quadratic": quadratic_betas,
@@ -68,7 +69,7 @@ SCHEDULES = {  # T -> betas
 }
 
 
-def zero_terminal(betas):
+def zero_terminal(betas: np.ndarray) -> np.ndarray:
     """Lin et al. 2023, algorithm 1: betas whose alphas_bar_T is 0 and whose alphas_bar_1 is as before.
 
     sqrt(alphas_bar) is shifted and scaled. At T nothing of the image is left, so eps tells nothing about it there.

@@ -1,0 +1,40 @@
+"""The lines of the README that train and sample from Python."""
+
+import pickle
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+from conftest import ROOT, SMALL
+from PIL import Image
+
+from ddpm_jax import checkpoint, options
+from ddpm_jax import config as configs
+from ddpm_jax.commands import train
+
+KEEP = "\nimport pickle, jax; pickle.dump((jax.device_get(state.ema_params), samples), open('made', 'wb'))\n"
+
+
+def test_the_lines_of_the_readme_are_train_and_sample(trained, script, environment, tmp_path):
+    """With the options of a run of train.py: its averaged parameters and the images of sample.py, to the bit."""
+    lines = re.search(r"## From Python\n+```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    assert len([line for line in lines.splitlines() if line]) == 10
+    small = options.parse(train.Args, [*SMALL, "--config.train.steps=60"], "train.py", "", configs.load).config
+    changes = {name: value for name, _, value in configs.differences(configs.load("digits"), small)}
+    for here, there in (('{"train.steps": 500}', repr(changes)), ("num=64, steps=100", "num=5, steps=3")):
+        assert lines.count(here) == 1
+        lines = lines.replace(here, there)
+    command = [sys.executable, "-c", lines + KEEP]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+    params, samples = pickle.loads((tmp_path / "made").read_bytes())
+    there = checkpoint.load(trained / "checkpoints", ["ema_params"])[1]["ema_params"]
+    jax.tree.map(np.testing.assert_array_equal, params, there)
+    options_of = [f"--workdir={trained}", f"--out={tmp_path / 'out'}", "--num=5", "--steps=3", "--cpu-devices=1"]
+    assert script("sample.py", *options_of).returncode == 0
+    np.testing.assert_array_equal(samples, np.load(tmp_path / "out" / "samples.npz")["images"])
+    grids = [np.asarray(Image.open(tmp_path / name)) for name in ("samples.png", "out/grid.png")]
+    np.testing.assert_array_equal(*grids)
