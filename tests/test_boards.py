@@ -9,6 +9,7 @@ import warnings
 
 import numpy as np
 import pytest
+from conftest import ROOT, SMALL, fingerprint, metrics
 
 from ddpm_jax import boards, log
 
@@ -133,3 +134,42 @@ def test_one_that_hangs_is_not_waited_for(show, monkeypatch):
 def test_none_unless_there_is_one(monkeypatch, tmp_path):
     monkeypatch.setattr(boards.importlib.util, "find_spec", lambda name: None)
     assert boards.open_boards(tmp_path, 0) == []
+
+
+# A module that writes what it is asked to its own file of calls, and gives itself for all answers.
+RECORDER = """
+import sys, types
+settings = types.SimpleNamespace(mode="offline")
+def __getattr__(name):
+    def answer(*args, **kwargs):
+        with open(__file__ + ".calls", "a") as file:
+            print(name, args, kwargs, file=file)
+        if name == "FAILS" and kwargs.get("step", 0) > 7:
+            raise ConnectionError("the network is gone")
+        return sys.modules[__name__]
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return answer
+"""
+
+
+def test_a_run_goes_on_without_them(trained, script, tmp_path):
+    """Its end is that of a run without boards and without a trace, to the bit; there is one line of warning."""
+    for name, fails in (("tensorboardX", ""), ("wandb", "log")):
+        (tmp_path / f"{name}.py").write_text(RECORDER.replace("FAILS", fails))
+    options = [*SMALL, "--config.train.steps=60", "--cpu-devices=1", f"--workdir={tmp_path / 'run'}"]
+    variables = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = script("train.py", *options, "--wandb=faces", "--profile=20:22", **variables)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "warning: Weights & Biases is shown no more of this run: the network is gone\n"
+    assert f"the trace of --profile=20:22 is in {tmp_path / 'run' / 'profile'}" in done.stdout
+    assert len(list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))) == 1
+    assert fingerprint(tmp_path / "run") == fingerprint(trained)
+    assert metrics(tmp_path / "run") == metrics(trained)
+    calls = {name: (tmp_path / f"{name}.py.calls").read_text().splitlines() for name in ("tensorboardX", "wandb")}
+    assert sum(line.startswith("add_scalar ('loss', ") for line in calls["tensorboardX"]) == 9
+    assert sum(line.startswith("add_image ('samples', ") for line in calls["tensorboardX"]) == 1
+    (begun,) = (line for line in calls["wandb"] if line.startswith("init "))
+    assert "'project': 'faces'" in begun
+    assert "'batch_size': 16" in begun
+    assert [line.split(" ")[0] for line in calls["wandb"]][-2:] == ["log", "log"]
