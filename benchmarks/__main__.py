@@ -158,6 +158,7 @@ def run_loop(parts, dataset, bare):
     """
     from ddpm_jax import log
     from ddpm_jax.commands import train
+    from ddpm_jax.reports import progress
 
     bares, rows, clocked, begun = [], [], [], 0.0
     open_log = log.open_log
@@ -177,7 +178,7 @@ def run_loop(parts, dataset, bare):
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(log, "open_log", open_watched))
-        no_grids = mock.patch.object(train, "make_grid_writer", return_value=lambda *_: None)  # even at the last step
+        no_grids = mock.patch.object(progress, "make_grid_writer", return_value=lambda *_: {})  # even at the last step
         stack.enter_context(no_grids)
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         folder = stack.enter_context(tempfile.TemporaryDirectory())

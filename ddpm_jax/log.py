@@ -1,7 +1,6 @@
-"""What a run says: metrics.jsonl, one line or bar on the console, TensorBoard when it is installed."""
+"""What a run says: metrics.jsonl, and a line or a bar on the console."""
 
 import contextlib
-import importlib.util
 import json
 import math
 import os
@@ -52,7 +51,12 @@ def progress(items, total, what):
 
 class Log(NamedTuple):
     write: Callable  # (row of metrics with "step")
+    advance: Callable  # (step): so many are taken
+    picture: Callable  # (name, uint8 (H, W, C), step), for the boards
     close: Callable
+
+
+SILENT = Log(*[lambda *_: None] * 4)
 
 
 def mean(window):
@@ -68,8 +72,11 @@ def mean(window):
     return {name: fold(name) for name in window[-1]} if window else {}
 
 
-def open_log(workdir, step, total):
-    """Append to RUN/metrics.jsonl from `step` on: rows after it, from a run that was cut off, are dropped first."""
+def open_log(workdir, step, total, boards=()):
+    """Append to RUN/metrics.jsonl from `step` on: rows after it, from a run that was cut off, are dropped first.
+
+    boards: those of boards.py, which are shown the same.
+    """
     path = Path(workdir) / "metrics.jsonl"
     rows = []
     if path.exists():
@@ -79,12 +86,7 @@ def open_log(workdir, step, total):
                     rows.append(line)
         write_atomic(path, "".join(line + "\n" for line in rows).encode())
     file = open(path, "a")  # noqa: SIM115 (closed by close)
-    board = None
-    if importlib.util.find_spec("tensorboardX"):
-        from tensorboardX import SummaryWriter
-
-        board = SummaryWriter(str(workdir), purge_step=step + 1)
-    show, hide = _console(step, total)
+    show, advance, hide = _console(step, total)
 
     def write(row):
         try:
@@ -92,52 +94,56 @@ def open_log(workdir, step, total):
             file.flush()
         except OSError as error:
             warnings.warn(f"step {row['step']} is missing in {path}: {error.strerror}", stacklevel=2)
-        if board:
-            for name, value in row.items():
-                if value is not None:
-                    board.add_scalar(name, value, row["step"])
+        for board in boards:
+            board.write(row)
         show(row)
+
+    def picture(*drawn):
+        for board in boards:
+            board.picture(*drawn)
 
     def close():
         hide()
         with contextlib.suppress(OSError):  # told when it was written
             file.close()
-        if board:
+        for board in boards:
             board.close()
 
-    return Log(write, close)
+    return Log(write, advance, picture, close)
 
 
 def _console(step, total):
-    """(show, hide): a bar on a terminal, a line for each row otherwise."""
+    """(show, advance, hide): a bar on a terminal, a line for each row otherwise."""
 
-    def text(row):
+    def words(row):
         def number(name, form):
             return "-" if row.get(name) is None else format(row[name], form)
 
-        return (
-            f"loss {number('loss', '.4f')}  grad {number('grad_norm', '.3f')}  lr {number('learning_rate', '.1e')}  "
-            f"{number('images_per_second', ',.0f')} images/s"
-            + (f"  skipped {row['skipped']}" if row["skipped"] else "")
-        )
+        loss, speed = f"loss {number('loss', '.4f')}", f"{number('images_per_second', ',.0f')} images/s"
+        rates = f"grad {number('grad_norm', '.3f')}  lr {number('learning_rate', '.1e')}"
+        return loss, rates, speed + (f"  skipped {row['skipped']}" if row["skipped"] else "")
 
     if not _draws(sys.stdout):
 
         def show(row):
             pace = row["seconds_per_step"]
             eta = "-" if pace is None else clock(pace * (total - row["step"]))
-            note(f"step {row['step']:>{len(str(total))}}/{total}  {text(row)}  ETA {eta}")
+            note("  ".join([f"step {row['step']:>{len(str(total))}}/{total}", *words(row), f"ETA {eta}"]))
 
-        return show, lambda: None
+        return show, lambda step: None, lambda: None
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    bar = Progress(
-        MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TextColumn("ETA"), TimeRemainingColumn()
-    )
+    columns = BarColumn(None), TextColumn("{task.description}"), TextColumn("ETA"), TimeRemainingColumn()
+    bar = Progress(MofNCompleteColumn(), *columns, speed_estimate_period=600, expand=True)
     task = bar.add_task("", total=total, completed=step)
     bar.start()
-    return lambda row: bar.update(task, completed=row["step"], description=text(row)), bar.stop
+
+    def show(row):
+        loss, _, speed = words(row)
+        bar.update(task, description=f"{loss}  {speed}")
+
+    return show, lambda step: bar.update(task, completed=step), bar.stop
 
 
 def clock(seconds):

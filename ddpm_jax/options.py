@@ -164,8 +164,8 @@ def nearest(name, known):
     """The one of `known` that is nearly `name`, by its last part or its initials (lr), in a list; or an empty list."""
     last = name.split(".")[-1].replace("-", "_")
     ends = {full.split(".")[-1]: full for full in known}
-    first_wins = reversed(ends.items())
-    initials = {"".join(word[:1] for word in end.split("_")): full for end, full in first_wins if end[0] == last[:1]}
+    shortest_last = sorted((end for end in ends if end[0] == last[:1]), key=len, reverse=True)
+    initials = {"".join(word[:1] for word in end.split("_")): ends[end] for end in shortest_last}
     near = difflib.get_close_matches(last, ends, 1, 0.75) or difflib.get_close_matches(last, initials, 1, 0.75)
     return [(initials | ends)[end] for end in near]
 

@@ -14,6 +14,7 @@ from pathlib import Path
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiling is most of the time; whole runs use the real settings
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # in the user's home, where whole runs have one of their own
 
 import jax
 import numpy as np
@@ -72,7 +73,8 @@ def environment(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shared")
     names = {"TFDS_DATA_DIR": "tfds", "HOME": "home", "JAX_COMPILATION_CACHE_DIR": "compiled"}
     own = {name: str(folder / sub) for name, sub in names.items()}
-    kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")}
+    ours = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_ENABLE_COMPILATION_CACHE")
+    kept = {k: v for k, v in os.environ.items() if k not in ours}
     return kept | own | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": str(ROOT)}
 
 

@@ -10,9 +10,9 @@ import numpy as np
 from conftest import ROOT, SMALL
 from PIL import Image
 
-from ddpm_jax import checkpoint, options
+from ddpm_jax import checkpoint, experiment, options, program
 from ddpm_jax import config as configs
-from ddpm_jax.commands import train
+from ddpm_jax.commands import sample, train
 
 KEEP = "\nimport pickle, jax; pickle.dump((jax.device_get(state.ema_params), samples), open('made', 'wb'))\n"
 
@@ -38,3 +38,16 @@ def test_the_lines_of_the_readme_are_train_and_sample(trained, script, environme
     np.testing.assert_array_equal(samples, np.load(tmp_path / "out" / "samples.npz")["images"])
     grids = [np.asarray(Image.open(tmp_path / name)) for name in ("samples.png", "out/grid.png")]
     np.testing.assert_array_equal(*grids)
+
+
+def test_draw_is_sample(run, call, tmp_path):
+    """With other options than its own, and labels in turn; the run was made by hand, for tiny images."""
+    parts, params, _ = experiment.restore(run[0], "ema")
+    options_of = ["--num=5", "--seed=3", "--sampler=ddim", "--steps=4", "--eta=0.5", "--spacing=leading"]
+    assert call(sample, f"--workdir={run[0]}", f"--out={tmp_path}", *options_of)[0] == 0
+    wanted = np.load(tmp_path / "samples.npz")["images"]
+    own = {"sampler": "ddim", "steps": 4, "eta": 0.5, "spacing": "leading"}
+    found = program.draw(parts, params, 5, seed=3, batch_size=3, **own)
+    assert np.abs(found.astype(int) - wanted).max() <= 1
+    assert np.abs(found.astype(int) - program.draw(parts, params, 5, **own)).max() > 1
+    assert program.draw(parts, params, 2).shape == (2, 4, 4, 1)

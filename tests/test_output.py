@@ -136,6 +136,30 @@ def test_fault_76_a_terminal_of_any_kind(tmp_path, terminal):
         assert "\r" not in shown.replace("\r\n", "\n")
 
 
+BAR = """
+import sys
+from ddpm_jax import log
+writer = log.open_log(sys.argv[1], 40, 2000)
+row = {"step": 80, "loss": 0.0866, "skipped": 2, "seconds_per_step": 0.5, "images_per_second": 1536.4}
+writer.write(row | {"grad_norm": 7.0, "learning_rate": 3e-4})
+writer.advance(83)
+print("a note")
+writer.close()
+"""
+
+
+def test_the_bar_counts_steps_between_two_rows(tmp_path):
+    """With the loss and the rate of the last row; what is printed meanwhile has a line of its own."""
+    plain = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "FORCE_COLOR")}
+    command = [sys.executable, "-c", BAR, str(tmp_path)]
+    _, shown = on_terminal(80, command, plain | {"PYTHONPATH": str(ROOT), "TERM": "xterm", "NO_COLOR": "1"})
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown).replace("\r", "\n").splitlines()
+    assert "a note" in [line.strip() for line in lines]
+    last = [line for line in lines if line.strip()][-1]
+    assert re.fullmatch(r"\s*83/2000 .* loss 0\.0866  1,536 images/s  skipped 2 ETA \S+\s*", last), last
+    assert len(last) <= 80
+
+
 def test_fault_76_no_terminal_no_bar(tmp_path):
     """Also where colours are asked for."""
     done = talk(tmp_path, variables={"FORCE_COLOR": "1"}, capture_output=True, text=True)

@@ -24,6 +24,7 @@ from ddpm_jax.commands import COMMANDS, evaluate, sample, train
 from ddpm_jax.config import load, to_json
 from ddpm_jax.plots import __main__ as plots
 from ddpm_jax.plots import album, figures, records, report, strips
+from ddpm_jax.reports import progress
 
 pytest.importorskip("matplotlib")
 
@@ -420,7 +421,7 @@ def test_the_commands_of_the_page_repeat_the_run_and_its_last_grid(whole, drawn,
     assert plotted == ["python", "-m", "ddpm_jax.plots", str(folder), "--report"]
 
     assert call(sample, *grid, f"--out={tmp_path}")[0] == 0
-    train.make_grid_writer(parts, tmp_path, lambda: None)(SimpleNamespace(ema_params=params), 5)
+    progress.make_grid_writer(parts, tmp_path, lambda: None)(SimpleNamespace(ema_params=params), 5)
     there = np.asarray(Image.open(tmp_path / "samples" / "step_000000005.png"))
     np.testing.assert_allclose(np.asarray(Image.open(tmp_path / "grid.png")), there.astype(int), atol=1)
     samples = images.grid(np.load(tmp_path / "samples.npz")["images"][:3], columns=1).astype(int)

@@ -59,11 +59,18 @@ VALUES = {name: values(field, kind) for name, field, kind, _ in options.leaves(C
 
 def changed(changes):
     """The default with these changes, and with the rules between fields kept."""
-    changes = {"train.checkpoint_every": 5000, "train.log_every": 100, "diffusion.T": 1000} | changes
+    often = {"log_every": 100, "checkpoint_every": 5000, "sample_every": 5000, "average_every": 10_000}
+    units = {"diffusion.T": 1000, "train.steps_per_call": 1, "train.learning_rates": (), "train.ensemble": 1}
+    changes = {f"train.{name}": every for name, every in often.items()} | units | changes
+    for name in often:
+        changes[f"train.{name}"] *= changes["train.steps_per_call"]
     for name, default in (("train.sample_steps", 100), ("train.evaluate_steps", 20)):
         changes[name] = min(changes.get(name, default), changes["diffusion.T"])
     for name, unit in (("train.keep_every", "train.checkpoint_every"), ("train.evaluate_every", "train.log_every")):
         changes[name] = changes.get(name, 0) // changes[unit] * changes[unit]
+    changes["train.ensemble"] = len(changes["train.learning_rates"]) or changes["train.ensemble"]
+    if changes["train.ensemble"] > 1:
+        changes |= {"train.averages": (), "train.evaluate_every": 0}
     return options.replace(Config(), changes)
 
 

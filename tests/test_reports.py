@@ -13,7 +13,7 @@ from ddpm_jax import data, errors, evaluation, experiment, features, training
 from ddpm_jax.commands import evaluate, sample, train
 from ddpm_jax.config import Config, Train, to_json
 from ddpm_jax.features import enl0
-from ddpm_jax.reports import samples
+from ddpm_jax.reports import progress, samples
 
 ALL = "--metrics=kid,fid,pr,copies,moments"
 
@@ -185,7 +185,7 @@ def evaluator(made, monkeypatch):
         given = {"evaluate_every": 200, "evaluate_num": 40, "evaluate_steps": 4, "steps": 500, "seed": 7} | given
         config = dataclasses.replace(parts.config, train=Train(sample_steps=12, **given))
         dataset = data.Dataset(made[1], None)
-        return train.make_evaluator(parts._replace(config=config), dataset, lambda: None, said.append), state
+        return progress.make_evaluator(parts._replace(config=config), dataset, lambda: None, said.append), state
 
     return make
 

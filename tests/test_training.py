@@ -10,7 +10,8 @@ import pytest
 import scipy
 from conftest import assert_one_line, make_run
 
-from ddpm_jax import checkpoint, parallel, training
+from ddpm_jax import checkpoint, experiment, parallel, training
+from ddpm_jax import config as configs
 from ddpm_jax.commands import evaluate, sample
 from ddpm_jax.reports import dry_run
 
@@ -128,6 +129,22 @@ def test_one_exchange_a_step_of_the_gradient_and_the_metrics(tiny, tiny_loss):
     number, exchanged = found["all-reduce"]
     assert number == 1
     assert 0.95 * size < exchanged <= size + 32
+
+
+def test_the_table_of_parameters_counts_each_part():
+    """The paper's CIFAR-10 network (appendix B), by the sizes of its layers; the whole is the published count."""
+    parts = experiment.make(configs.load("cifar10"), (32, 32, 3))
+    said, counts = [], dry_run.counts(jax.eval_shape(parts.init, jax.random.key(0)))
+    block = 2 * (2 * 256) + 2 * (9 * 256 * 256 + 256) + 512 * 256 + 256  # norms, convolutions, time
+    attention = 2 * 256 + 4 * (256 * 256 + 256)
+    assert sum(counts.values()) == 35_746_307
+    assert counts["conv_in"] == 9 * 3 * 128 + 128
+    assert counts["time"] == 128 * 512 + 512 + 512 * 512 + 512
+    assert counts["down_3"] == 2 * block
+    assert counts["middle"] == 2 * block + attention
+    dry_run.describe(parts, said.append)
+    assert "      middle     2,888,704    8.1%" in said
+    assert sum(float(line.split()[-1].rstrip("%")) for line in said[1:]) == pytest.approx(100, abs=0.05 * len(said))
 
 
 def test_gradient_is_that_of_the_mean_over_images():

@@ -6,6 +6,7 @@ The same command again resumes. Everything of the run is in its folder; sampling
 import collections
 import contextlib
 import dataclasses
+import re
 import time
 import warnings
 from collections.abc import Callable
@@ -14,6 +15,11 @@ from typing import Any, NamedTuple
 
 from ddpm_jax import commands, errors, options
 from ddpm_jax import config as configs
+
+
+def is_span(text):
+    found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
+    return not text or (found is not None and int(found[1]) < int(found[2]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +48,12 @@ class Args(options.Arguments):
     )
     cpu_devices: int = options.option(
         0, "as how many devices a CPU is used; 0 for up to one a core", options.at_least(0)
+    )
+    wandb: str = options.option("", "project of Weights & Biases that is shown the run (needs the extra wandb)")
+    profile: str = options.option(
+        "",
+        "START:STOP, the steps whose trace is written to WORKDIR/profile",
+        ("START:STOP, two whole numbers of which the second is larger", is_span),
     )
     debug: bool = options.option(False, "show tracebacks")
 
@@ -96,7 +108,8 @@ def main():
         # All is checked: from here on the folder of the run is written.
         parallel.together(lambda: parallel.is_first() and runs.claim(workdir))
         parallel.together(lambda: runs.check_seen(workdir))
-        return train(parts, dataset, fingerprint, workdir, asked, say, args.step or None, args.allow_change)
+        shown = args.wandb, span(args)
+        return train(parts, dataset, fingerprint, workdir, asked, say, args.step or None, args.allow_change, *shown)
 
 
 def prepare(args, workdir, say):
@@ -107,6 +120,7 @@ def prepare(args, workdir, say):
     parallel.check_batch_size(config.train.batch_size, config.train.accumulate, members=config.train.ensemble)
     if args.step >= config.train.steps:
         raise errors.ConfigError(f"--step={args.step} must be less than train.steps={config.train.steps}")
+    span(args)  # refuses
     runs.check(workdir, config, args.allow_change)
     dataset = data.load(**vars(config.data))
     images = "x".join(map(str, dataset.images.shape[1:]))
@@ -125,6 +139,19 @@ def prepare(args, workdir, say):
     return parts, dataset
 
 
+def span(args):
+    """(START, STOP) of --profile; (0, 0) without."""
+    start, stop = map(int, (args.profile or "0:0").split(":"))
+    train = args.config.train
+    if start >= train.steps:
+        raise errors.ConfigError(f"--profile={args.profile} must begin before train.steps={train.steps}")
+    if start % train.steps_per_call or stop % train.steps_per_call:
+        raise errors.ConfigError(
+            f"--profile={args.profile} must be multiples of train.steps_per_call={train.steps_per_call}"
+        )
+    return start, stop
+
+
 class Run(NamedTuple):
     parts: Any  # experiment.Experiment
     program: Any  # program.Program
@@ -135,17 +162,20 @@ class Run(NamedTuple):
     asked: Callable  # () -> exit code or None
     feed: Callable  # the watchdog
     say: Callable
+    project: str  # of Weights & Biases, or none
+    span: tuple  # the steps to trace
 
 
 class RollBack(BaseException):
     """A step was not finite; in all processes, so that none takes it for an error of its own."""
 
 
-def train(parts, dataset, fingerprint, workdir, asked, say, step=None, allowed=()):
+def train(parts, dataset, fingerprint, workdir, asked, say, step=None, allowed=(), project="", span=(0, 0)):
     """Algorithm 1 from the newest checkpoint, that of `step` or from the beginning to the last step; the exit code."""
     import jax
 
     from ddpm_jax import checkpoint, parallel, program, runs, signals
+    from ddpm_jax.reports import progress
 
     config, folder = parts.config.train, workdir / "checkpoints"
     made = program.make(parts, dataset)
@@ -153,8 +183,8 @@ def train(parts, dataset, fingerprint, workdir, asked, say, step=None, allowed=(
     fixed |= {"data": fingerprint, "devices": parallel.describe()}
     rollbacks, tries, failure, branch = 0, {}, None, step
     with signals.watchdog(config.watchdog, config.watchdog_abort) as feed:
-        write_grid = make_grid_writer(parts, workdir, feed)
-        evaluate = make_evaluator(parts, dataset, feed, say)
+        write_grid = progress.make_grid_writer(parts, workdir, feed)
+        evaluate = progress.make_evaluator(parts, dataset, feed, say)
         while True:
             state, meta = None, {"window": [], "rollbacks": 0}
             if checkpoint.steps(folder) or step:
@@ -175,7 +205,7 @@ def train(parts, dataset, fingerprint, workdir, asked, say, step=None, allowed=(
             else:
                 parallel.together(lambda: parallel.is_first() and runs.record(workdir, parts.config))
             entries = fixed | {"rollbacks": rollbacks, "branch": branch}
-            run = Run(parts, made, workdir, entries, write_grid, evaluate, asked, feed, say)
+            run = Run(parts, made, workdir, entries, write_grid, evaluate, asked, feed, say, project, span)
             try:
                 return follow(run, state, meta["window"])
             except RollBack as error:
@@ -190,7 +220,7 @@ def follow(run, state, window):
     import jax
     import numpy as np
 
-    from ddpm_jax import averages, checkpoint, data, experiment, log, parallel, training
+    from ddpm_jax import averages, boards, checkpoint, data, experiment, log, parallel, profiling, training
 
     config, say, again = run.parts.config.train, run.say, run.entries["rollbacks"]
     first, last, at_once = int(np.max(state.step)), config.steps, config.steps_per_call
@@ -198,10 +228,11 @@ def follow(run, state, window):
         averages.drop_after(run.workdir / "averages", first - int(np.max(state.skipped)))
     state, learning_rate = run.program.place(state), experiment.learning_rate(run.parts)
     with contextlib.ExitStack() as stack:
-        writer = log.Log(lambda row: None, lambda: None)
+        writer = log.SILENT
         if parallel.is_first():
             with errors.writing(f"--workdir={run.workdir}"):
-                writer = log.open_log(run.workdir, first, last)
+                shown = boards.open_boards(run.workdir, first, run.project, run.entries["config"])
+                writer = log.open_log(run.workdir, first, last, shown)
         stack.callback(writer.close)
         manager = checkpoint.open_manager(run.workdir / "checkpoints", config.keep, config.keep_every)
         stack.callback(checkpoint.close, manager)
@@ -213,6 +244,7 @@ def follow(run, state, window):
 
         batches = data.prefetch(make_batches, first // at_once, -(-last // at_once))
         stack.enter_context(contextlib.closing(batches))
+        profile = stack.enter_context(profiling.profiler(run.span, run.workdir / "profile", say))
         stack.enter_context(parallel.among_others())  # before the others are waited for in closing
         begun, busy, waited, logged, known = time.monotonic(), 0.0, 0.0, first, first
         step, unread = first, collections.deque()
@@ -220,8 +252,10 @@ def follow(run, state, window):
             clock = time.monotonic()
             taken, batch = next(batches)
             waited += time.monotonic() - clock
+            profile(step, state)
             state, metrics = run.program.step(state, batch, again)
             step += taken
+            writer.advance(step)
             unread.append(metrics)
             code = agree(run.asked())
             at_log, at_save = step % config.log_every == 0, step % config.checkpoint_every == 0
@@ -263,7 +297,8 @@ def follow(run, state, window):
                 say(f"stopped by a signal; step {step:,} is saved and the same command goes on from it")
                 return code
             if step % config.sample_every == 0 or step == last:
-                run.write_grid(state, step)
+                for name, picture in run.write_grid(state, step).items():
+                    writer.picture(name, picture, step)
     took = log.clock(time.monotonic() - begun)
     say(f"finished step {last:,} in {took}, loss {row['loss']:.4f}; samples: {run.workdir / 'samples'}")
     say(f"more samples: python {commands.spelled('sample')} --workdir={run.workdir}")
@@ -304,77 +339,3 @@ def check_finite(row, step, config, manager):
     good = checkpoint.steps(manager.directory)
     where = f"the last good checkpoint is {manager.directory / str(good[-1])}" if good else "no checkpoint was written"
     raise errors.Diverged(f"{said}; {where}; try a lower train.learning_rate")
-
-
-def make_grid_writer(parts, workdir, feed):
-    """write_grid(state, step): samples of the averaged parameters, always of the same keys, as one picture.
-
-    One that cannot be made or written is missed with a warning; feed() is called after each batch.
-    """
-    import jax
-    import numpy as np
-
-    from ddpm_jax import images, parallel, program
-
-    config = parts.config.train
-    draw = program.make_draw(parts, config.sampler, config.sample_steps)
-
-    def write(params, name):
-        batches = []
-        with parallel.memory_for("try a smaller train.sample_num"):
-            for batch in draw(params, config.sample_num, config.seed):
-                batches.append(batch[:, -1])
-                feed()
-        images.save_png(workdir / "samples" / name, images.grid(np.concatenate(batches)))
-
-    def write_grid(state, step):
-        if not parallel.is_first():
-            return
-        try:
-            params = jax.device_get(state.ema_params)
-            if config.ensemble == 1:
-                write(params, f"step_{step:09}.png")
-            for i in range(config.ensemble if config.ensemble > 1 else 0):
-                write(jax.tree.map(lambda x, i=i: x[i], params), f"step_{step:09}_member_{i}.png")
-        except (OSError, errors.UserError) as error:
-            warnings.warn(f"there is no grid of samples at step {step}: {error}", stacklevel=2)
-
-    return write_grid
-
-
-def make_evaluator(parts, dataset, feed, say):
-    """evaluate(state, step) -> metrics of a few samples of the averaged parameters, where train.evaluate_every says so.
-
-    They are always of the same keys. Where it fails there is a warning in place of metrics.
-    """
-    config, data_config = parts.config.train, parts.config.data
-    if not config.evaluate_every:
-        return lambda state, step: {}
-
-    import jax
-
-    from ddpm_jax import features, parallel, program
-    from ddpm_jax.reports import samples
-
-    extractor = features.load("enl0")
-    draw = program.make_draw(parts, config.evaluate_sampler, config.evaluate_steps)
-    where = {"source": data_config.source, "split": data_config.split}
-
-    def evaluate(state, step):
-        if not parallel.is_first() or (step % config.evaluate_every and step != config.steps):
-            return {}
-        try:
-            with parallel.memory_for("go on with train.evaluate_every=0"):
-                params = jax.device_get(state.ema_params)
-                batches = draw(params, config.evaluate_num, config.seed)
-                images = samples.collect(batches, config.evaluate_num, parts.shape, lambda _: feed())
-                found = samples.quick_kid(
-                    images, dataset.images, where, extractor, data_config.cache_dir, lambda _: feed()
-                )
-        except (OSError, errors.UserError) as error:
-            warnings.warn(f"there is no KID at step {step}: {error}", stacklevel=2)
-            return {}
-        say(f"step {step:,}: {', '.join(f'{name} {value:.2f}' for name, value in found.items())}")
-        return found
-
-    return evaluate

@@ -1,5 +1,5 @@
 """What evaluate.py tells: the likelihood of a run (likelihood.py), how far its samples are from the data (samples.py);
-and what a training step will take (dry_run.py).
+what a training step will take (dry_run.py), and samples while it trains (progress.py).
 
 Each number of evaluate.py is a dict {"value", "standard_error", "unit", "settings", ...} that rests on nothing but what
 is in it.

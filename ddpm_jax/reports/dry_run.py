@@ -23,7 +23,7 @@ PEAKS = {
 def dry_run(config, say):
     """Build and compile everything, take one step on made-up images, and report; nothing is written."""
     parts, batch = made_up(config)
-    _describe(parts, say)
+    describe(parts, say)
     batch = parallel.shard(jax.tree.map(lambda x: x[parallel.local_rows(len(x))], batch))
     init_state, train_step = experiment.make_training(parts)
     state, root = parallel.replicate(init_state()), keys.root(config.train.seed, "train")
@@ -36,7 +36,7 @@ def dry_run(config, say):
 def for_topology(config, devices, say):
     """Compile the step for `devices` that are not here, and tell what it takes of each and what it cannot beat."""
     parts, batch = made_up(config)
-    _describe(parts, say)
+    describe(parts, say)
     init_state, train_step = experiment.make_training(parts)
     state, root = jax.eval_shape(init_state), jax.eval_shape(lambda: keys.root(config.train.seed, "train"))
     batch = jax.eval_shape(lambda: jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), batch))
@@ -86,9 +86,21 @@ def made_up(config):
     return parts, data.batch(data.Dataset(images, labels), 0, 0, len(images))
 
 
-def _describe(parts, say):
-    images = "x".join(map(str, parts.shape))
-    say(f"U-Net of {experiment.parameter_count(parts):,} parameters for images of {images}")
+def describe(parts, say):
+    """Say how many parameters there are, and in which parts of the network."""
+    images, total = "x".join(map(str, parts.shape)), experiment.parameter_count(parts)
+    say(f"U-Net of {total:,} parameters for images of {images}")
+    for name, number in counts(jax.eval_shape(parts.init, jax.random.key(0))).items():
+        say(f"{name:>12}{number:>14,}{number / total:>8.1%}")
+
+
+def counts(params):
+    """{part: how many parameters}; what belongs to one level of the U-Net is one part."""
+    found = collections.Counter()
+    for name, tree in params.items():
+        part = re.sub(r"_(block|attention|halve|double|\d+$).*", "", name)
+        found[part] += sum(leaf.size for leaf in jax.tree.leaves(tree))
+    return found
 
 
 def _compile(train_step, state, batch, root, say):
