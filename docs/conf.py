@@ -24,6 +24,7 @@ copyright = f"2026, {author}"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build"]
 nitpick_ignore_regex = [("py:.*", r"(?!ddpm_jax\.).*")]  # types of other libraries
+highlight_language = "none"
 smartquotes = False  # which would make one dash of the two before an option
 html_theme = "furo"
 html_title = "ddpm_jax"
@@ -80,7 +81,8 @@ def fields(cls):
 def tables(module):
     """The dicts of a module that names are looked up in, and what stands in them."""
     for name in re.findall(r"(?m)^([A-Z][A-Z_]+) = \{", inspect.getsource(module)):
-        names = " ".join(f"``{key}``" for key in vars(module)[name])
+        entries = vars(module)[name]
+        names = " ".join(f"``{key}``" for key in (sorted(entries) if isinstance(entries, set) else entries))
         yield from [f".. py:data:: {name}", "", f"   {names}", ""]
 
 
