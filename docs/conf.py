@@ -96,9 +96,12 @@ def docstring(app, what, name, thing, _, lines):
         lines += tables(thing)
 
 
-def signature(app, what, name, thing, *_):
-    """Of the classes of options, which have dozens of arguments, none."""
-    return ("", None) if has_options(thing) else None
+def signature(app, what, name, thing, _, arguments, returned):
+    """None for the classes of options, which have dozens of arguments; of a network, those that it declares itself."""
+    if has_options(thing):
+        return "", None
+    declared, of_linen, _ = (arguments or "").partition(", parent:")
+    return (f"{declared})", None) if what == "class" and of_linen else None
 
 
 def spellings(full):
