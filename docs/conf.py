@@ -17,12 +17,11 @@ from sphinx.util.nodes import make_refnode
 from ddpm_jax import __version__, options
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # train.py, sample.py, evaluate.py
 
 project, author, release = "ddpm_jax", "the ddpm_jax authors", __version__
 copyright = f"2026, {author}"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.viewcode"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "jupyter_execute"]  # the second is where myst-nb writes what it has run
 nitpick_ignore_regex = [("py:.*", r"(?!ddpm_jax\.).*")]  # types of other libraries
 highlight_language = "none"
 smartquotes = False  # which would make one dash of the two before an option
