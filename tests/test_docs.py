@@ -258,7 +258,7 @@ def test_the_python_of_the_quick_start_draws_what_sample_does(call, tmp_path):
         exec(body, names)
     options = ("--num=16", "--sampler=dpmpp_2m", "--steps=20", f"--out={tmp_path / 'out'}")
     assert call(sample, f"--workdir={run}", *options)[0] == 0
-    np.testing.assert_allclose(names["digits"], np.load(tmp_path / "out" / "samples.npz")["images"], atol=1)
+    np.testing.assert_array_equal(names["digits"], np.load(tmp_path / "out" / "samples.npz")["images"])
 
 
 def test_the_reference_has_each_module_and_command_once():
