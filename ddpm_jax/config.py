@@ -218,6 +218,7 @@ MAY_CHANGE = {
 
 
 def to_json(config: Config) -> str:
+    """The config as the text of config.json."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
