@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 project, author, release = "ddpm_jax", "the ddpm_jax authors", __version__
 copyright = f"2026, {author}"
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.viewcode"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx-mathjax-offline", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build", "jupyter_execute"]  # the second is where myst-nb writes what it has run
 nitpick_ignore_regex = [("py:.*", r"(?!ddpm_jax\.).*")]  # types of other libraries
 highlight_language = "none"
