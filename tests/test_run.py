@@ -97,6 +97,7 @@ def test_steps_in_one_call_and_a_stop_within_them(script, tmp_path):
     assert [row["step"] for row in metrics(tmp_path / "parts")] == [10, 13, 20]
 
 
+@pytest.mark.slow
 def test_compiled_programs_are_kept_for_the_next_run(script, tmp_path):
     """Where the user's cache is; a home that cannot be written does no harm."""
     options = [*SMALL, "--cpu-devices=1", "--dry-run", "--config.data.image_size=8", "--config.data.channels=1"]
