@@ -179,7 +179,7 @@ def measure_sampling(args, parts, params, theirs, name, steps):
         pipeline(batch_size=args.num, num_inference_steps=steps, output_type="np")
 
     mine, his = in_turns(ours, others, args.sample_rounds, steps)
-    what = f"{name} in {steps:,} steps, {args.num} images"
+    what = f"{name}, {steps:,} steps, {args.num} images"
     line(f"{what}, ours", spread([1e3 * s for s in mine], "{:.2f}") + " ms a step")
     line(f"{what}, diffusers", spread([1e3 * s for s in his], "{:.2f}") + " ms a step")
     line(f"{what}, ours / theirs", spread(map(operator.truediv, mine, around(his))))
