@@ -37,7 +37,7 @@ COMMANDS = {  # as they are typed: the module that has their options
     "-m benchmarks": "benchmarks.__main__",
     **{
         f"-m benchmarks.{name}": f"benchmarks.{name}"
-        for name in ("checkpoints", "maps", "samplers", "ensemble", "peers", "scale")
+        for name in ("checkpoints", "maps", "samplers", "ensemble", "peers", "scale", "variants")
     },
 }
 
