@@ -351,7 +351,7 @@ class Args(options.Arguments):
 
 def main():
     """List the steps of the run that the command line names; exit code 4 unless the newest is whole."""
-    argv = [f"--workdir={word}" if i == 0 and word[:1] != "-" else word for i, word in enumerate(sys.argv[1:])]
+    argv = options.first_named(sys.argv[1:], "workdir")
     args = options.parse(Args, argv, "-m ddpm_jax.checkpoint RUN", __doc__)
     workdir = Path(args.workdir).expanduser()
     folder = workdir / "checkpoints"

@@ -7,6 +7,7 @@ The command line, JSON and Python all end in the same dataclasses, so they pass 
 import argparse
 import dataclasses
 import difflib
+import itertools
 import math
 import sys
 import types
@@ -173,6 +174,12 @@ def nearest(name, known):
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ConfigError(f"{message}; see python {self.prog} --help")
+
+
+def first_named(words, *names):
+    """`words` with the first ones, as long as they are no options, written as the options `names`: --workdir=RUN."""
+    first = list(itertools.takewhile(lambda word: word[:1] != "-", words))[: len(names)]
+    return [f"--{name}={word}" for name, word in zip(names, first, strict=False)] + words[len(first) :]
 
 
 def parse(cls, argv, prog, description, load=None):

@@ -47,9 +47,9 @@ def _ensemble(parts, dataset):
     each.
     """
     config, (init_state, train_step) = parts.config.train, experiment.make_training(parts)
-    seeds = [experiment.member(parts, i).config.train.seed for i in range(config.ensemble)]
-    rates = [experiment.member(parts, i).config.train.learning_rate for i in range(config.ensemble)]
-    scales = np.float32(rates) / np.float32(config.learning_rate)
+    members = [experiment.member(parts, i).config.train for i in range(config.ensemble)]
+    seeds = [member.seed for member in members]
+    scales = np.float32([member.learning_rate for member in members]) / np.float32(config.learning_rate)
     spread, place = parallel.spread(training.steps_of_members(train_step), config.ensemble)
 
     def step(state, batches, roots):

@@ -25,7 +25,7 @@ class Args(options.Arguments):
 
 def main():
     """Print what the data are, one fact a line."""
-    argv = [f"--source={word}" if i == 0 and word[:1] != "-" else word for i, word in enumerate(sys.argv[1:])]
+    argv = options.first_named(sys.argv[1:], "source")
     args = options.parse(Args, argv, "-m ddpm_jax.data SOURCE", __doc__)
     if not args.source:
         raise errors.ConfigError("name a source, for example python -m ddpm_jax.data folder:my_pictures")

@@ -9,7 +9,6 @@ such a folder. A FILE.safetensors in the place of DIR is our own: parameters, an
 
 import contextlib
 import dataclasses
-import itertools
 import shutil
 import sys
 from pathlib import Path
@@ -49,8 +48,7 @@ def main():
     if command not in COMMANDS:
         raise errors.ConfigError(f"{command!r} is neither import nor export; see python -m ddpm_jax.interop --help")
     arguments, names, work = COMMANDS[command]
-    first = list(itertools.takewhile(lambda word: word[:1] != "-", words))[: len(names)]
-    argv = [f"--{name}={word}" for name, word in zip(names, first, strict=False)] + words[len(first) :]
+    argv = options.first_named(words, *names)
     args = options.parse(arguments, argv, f"-m ddpm_jax.interop {command}", work.__doc__)
     if not args.path or not args.workdir:
         raise errors.ConfigError(

@@ -36,7 +36,7 @@ class Args(options.Arguments):
 
 
 def main():
-    argv = [f"--workdir={word}" if i == 0 and word[:1] != "-" else word for i, word in enumerate(sys.argv[1:])]
+    argv = options.first_named(sys.argv[1:], "workdir")
     args = options.parse(Args, argv, "-m ddpm_jax.plots RUN", __doc__)
     if not args.workdir:
         raise errors.ConfigError("name a run, for example python -m ddpm_jax.plots runs/digits")

@@ -101,7 +101,7 @@ def _inline(plot):
 
 def _evaluation(report, run):
     if report is None:
-        return f'<p class="note">Not evaluated yet: python evaluate.py --workdir={escape(str(run))}</p>'
+        return f'<p class="note">Not evaluated yet: python {spelled("evaluate")} --workdir={escape(str(run))}</p>'
     shown, rows = ("value", "standard_error", "unit", "real", "curve", "settings"), []
     for name, number in report["metrics"].items():
         real = f" (real images {_value(number['real'])})" if "real" in number else ""
