@@ -76,13 +76,14 @@ def networks(parts):
     import numpy as np
     import torch
 
+    from ddpm_jax import experiment
     from ddpm_jax.interop import released
 
     def draw(path, leaf):  # also where training starts at zero, so that every layer is compared
         return (0.05 * random.normal(size=leaf.shape) + (path[-1].key == "scale")).astype(np.float32)
 
     random = np.random.default_rng(0)
-    params = jax.tree_util.tree_map_with_path(draw, jax.eval_shape(parts.init, jax.random.key(0)))
+    params = jax.tree_util.tree_map_with_path(draw, experiment.params_shape(parts))
     with tempfile.TemporaryDirectory() as folder:
         released.write(Path(folder), parts, params)
         theirs = diffusers.UNet2DModel.from_pretrained(folder, subfolder="unet")

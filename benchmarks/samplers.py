@@ -120,13 +120,15 @@ def evaluations(parts, make):
     import jax
     import jax.numpy as jnp
 
+    from ddpm_jax import experiment
+
     calls = []
 
     def net(params, x, t, key=None, label=None):
         jax.debug.callback(lambda: calls.append(1))  # once for the whole batch
         return jnp.zeros(jax.eval_shape(functools.partial(parts.net, label=label), params, x, t).shape)
 
-    params = jax.eval_shape(parts.init, jax.random.key(0))
+    params = experiment.params_shape(parts)
     generate = jax.vmap(functools.partial(make(parts._replace(net=net)), params), (None, 0, None))
     jax.block_until_ready(jax.jit(generate)(jax.random.key(0), np.arange(2), 0))
     jax.effects_barrier()

@@ -133,7 +133,7 @@ def restore(workdir: Path, weights: str, step: int | None = None, which: int = 0
         members = parts.config.train.ensemble
         if which >= members:
             raise ConfigError(f"--member={which}, but {workdir} has {members} (0 to {members - 1})")
-        one = jax.eval_shape(parts.init, jax.random.key(0))
+        one = params_shape(parts)
         add = (members,) if members > 1 else ()
         return {item: jax.tree.map(lambda x: jax.ShapeDtypeStruct(add + x.shape, x.dtype), one) for item in items}
 
@@ -143,7 +143,7 @@ def restore(workdir: Path, weights: str, step: int | None = None, which: int = 0
         if parts.config.train.ensemble > 1:
             parts, params = member(parts, which), jax.tree.map(lambda x: x[which], params)
         return parts, params, meta["step"]
-    template = jax.eval_shape(parts.init, jax.random.key(0))
+    template = params_shape(parts)
     step = step or averages.stored(workdir / "averages")[-1][0]
     return parts, averages.reconstruct(workdir / "averages", template, float(weights), step), step
 
@@ -156,8 +156,13 @@ def member(experiment: Experiment, i: int) -> Experiment:
     return experiment._replace(config=replace(experiment.config, changes))
 
 
+def params_shape(experiment: Experiment) -> Any:
+    """The tree of the parameters' shapes and types, as jax.ShapeDtypeStruct, without computing them."""
+    return jax.eval_shape(experiment.init, jax.random.key(0))
+
+
 def parameter_count(experiment: Experiment) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(experiment.init, jax.random.key(0))))
+    return sum(leaf.size for leaf in jax.tree.leaves(params_shape(experiment)))
 
 
 def with_labels(dataset: Dataset, num_classes: int) -> Dataset:

@@ -38,7 +38,7 @@ def imported(tmp_path_factory):
     for name in ("old", "new"):
         found = released.read(RELEASED / name)
         parts = experiment.make(found.config, found.shape)
-        template = jax.eval_shape(parts.init, jax.random.key(0))
+        template = experiment.params_shape(parts)
         made[name] = tmp_path_factory.mktemp("imported") / name
         interop.write_run(parts, tensors.fit(found.arrays, template, found.spelling, name), made[name])
     return made
@@ -339,7 +339,7 @@ def test_matrices_may_be_convolutions_of_one_pixel(folder, imported):
     broken(folder, change)
     found = released.read(folder)
     parts = experiment.make(found.config, found.shape)
-    template = jax.eval_shape(parts.init, jax.random.key(0))
+    template = experiment.params_shape(parts)
     same(tensors.fit(found.arrays, template, found.spelling, ""), experiment.restore(imported["old"], "ema")[1])
 
 

@@ -58,7 +58,7 @@ def our_net(net, config, scheduler=OLD_SCHEDULER):
     parts = experiment.make(*layout.from_diffusers(config, scheduler))
     arrays = {name: leaf.numpy() for name, leaf in net.state_dict().items()}
     spelling = tensors.diffusers(len(config["block_out_channels"]))
-    return parts, tensors.fit(arrays, jax.eval_shape(parts.init, jax.random.key(0)), spelling, "theirs")
+    return parts, tensors.fit(arrays, experiment.params_shape(parts), spelling, "theirs")
 
 
 def compare(net, parts, params, times, batch=2):

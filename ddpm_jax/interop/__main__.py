@@ -59,8 +59,6 @@ def main():
 
 def import_run(args, path):
     """Make a run of a DDPM in diffusers' layout, or of a FILE.safetensors with the config inside."""
-    import jax
-
     from ddpm_jax import checkpoint, config, experiment, log
     from ddpm_jax.interop import released, tensors
 
@@ -71,7 +69,7 @@ def import_run(args, path):
     found = released.read(path)
     changes = {"data.source": args.source} if args.source else {}
     parts = experiment.make(config.replace(found.config, changes), found.shape)
-    template = jax.eval_shape(parts.init, jax.random.key(0))
+    template = experiment.params_shape(parts)
     write_run(parts, tensors.fit(found.arrays, template, found.spelling, path), workdir)
     for note in found.notes:
         log.note(note)

@@ -6,10 +6,9 @@ are those of diffusers 0.35 to 0.42, which also reads the older files without th
 
 import json
 
-import jax
 import numpy as np
 
-from ddpm_jax import schedules, trees
+from ddpm_jax import experiment, schedules, trees
 from ddpm_jax.config import Config, Data, Diffusion, Model, Train
 from ddpm_jax.errors import ConfigError
 from ddpm_jax.unet import largest_divisor
@@ -282,7 +281,7 @@ def _groups(parts):
     """The one number of groups of all norms."""
     if parts.config.model.groups != "auto":
         return parts.config.model.groups
-    leaves = trees.flat(jax.eval_shape(parts.init, jax.random.key(0)))
+    leaves = trees.flat(experiment.params_shape(parts))
     groups = {largest_divisor(leaf.size) for name, leaf in leaves.items() if name.endswith("/scale")}
     if len(groups) > 1:
         raise _cannot_say(f"model.groups=auto, which here means {', '.join(map(str, sorted(groups)))}")

@@ -90,7 +90,7 @@ def describe(parts, say):
     """Say how many parameters there are, and in which parts of the network."""
     images, total = "x".join(map(str, parts.shape)), experiment.parameter_count(parts)
     say(f"U-Net of {total:,} parameters for images of {images}")
-    for name, number in counts(jax.eval_shape(parts.init, jax.random.key(0))).items():
+    for name, number in counts(experiment.params_shape(parts)).items():
         say(f"{name:>12}{number:>14,}{number / total:>8.1%}")
 
 
