@@ -1,4 +1,4 @@
-"""Eight virtual devices for all tests, and a net small enough to compile in seconds."""
+"""Eight virtual devices for all tests, a net small enough to compile in seconds, and what several files share."""
 
 import contextlib
 import dataclasses
@@ -19,9 +19,14 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # in the user's home, wher
 import jax
 import numpy as np
 import pytest
+from PIL import Image
+from published import RELEASED
 
-from ddpm_jax import checkpoint, diffusion, errors, experiment, schedules, unet
+from ddpm_jax import checkpoint, diffusion, errors, experiment, schedules, trees, unet
 from ddpm_jax.config import Config, Data, Diffusion, Model
+from ddpm_jax.data import load
+from ddpm_jax.interop import __main__ as interop
+from ddpm_jax.interop import released, tensors
 
 ROOT = Path(__file__).parent.parent
 
@@ -189,7 +194,28 @@ def free_port():
         return found.getsockname()[1]
 
 
+def assert_same_trees(one, other):
+    one, other = trees.flat(one), trees.flat(other)
+    assert one.keys() == other.keys()
+    for name, leaf in one.items():
+        np.testing.assert_array_equal(leaf, other[name])
+
+
+@pytest.fixture
+def at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
 T, NUM = 12, 11
+LEAST = {"channels": 4, "multipliers": (1,), "num_res_blocks": 1, "attention_resolutions": (), "groups": 2}
+
+
+def small_experiment(model=None, **diffusion):
+    """The Experiment of make_run with other options, without a run."""
+    config = Config(
+        model=Model(**LEAST | (model or {})), diffusion=Diffusion(**{"schedule": "cosine", "T": 100} | diffusion)
+    )
+    return experiment.make(config, (4, 4, 1))
 
 
 def make_run(folder, steps=(5,), scale=1.0, **changes):
@@ -200,10 +226,9 @@ def make_run(folder, steps=(5,), scale=1.0, **changes):
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (NUM, 4, 4, 1), np.uint8)
     np.savez(folder / "data.npz", images=images, labels=random.permutation(NUM) % 3)
-    model = {"channels": 4, "multipliers": (1,), "num_res_blocks": 1, "attention_resolutions": (), "groups": 2}
     config = Config(
         data=Data(source=f"npz:{folder / 'data.npz'}"),
-        model=Model(**model | changes.pop("model", {})),
+        model=Model(**LEAST | changes.pop("model", {})),
         diffusion=Diffusion(**{"schedule": "cosine", "T": T} | changes),
         train=dataclasses.replace(Config().train, sample_steps=T),
     )
@@ -223,6 +248,43 @@ def make_run(folder, steps=(5,), scale=1.0, **changes):
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="session")
+def imported(tmp_path_factory):
+    """{name: folder of the run} of the two released folders."""
+    made = {}
+    for name in ("old", "new"):
+        found = released.read(RELEASED / name)
+        parts = experiment.make(found.config, found.shape)
+        template = experiment.params_shape(parts)
+        made[name] = tmp_path_factory.mktemp("imported") / name
+        interop.write_run(parts, tensors.fit(found.arrays, template, found.spelling, name), made[name])
+    return made
+
+
+def paint(path, level, size=(8, 8)):
+    """Write a picture of one gray level."""
+    Image.new("RGB", size, (level,) * 3).save(path)
+
+
+def levels(dataset):
+    """The level of each image, all of whose pixels must have it."""
+    first = dataset.images[:, :1, :1, :1]
+    assert (dataset.images == first).all()
+    return first.ravel().tolist()
+
+
+@pytest.fixture
+def album(tmp_path):
+    """An empty folder and a function that loads it as 8x8 pictures."""
+    folder = tmp_path / "album"
+    folder.mkdir()
+
+    def load_album(**options):
+        return load(f"folder:{folder}", **({"image_size": (8,), "cache_dir": tmp_path / "cache"} | options))
+
+    return folder, load_album
 
 
 @pytest.fixture

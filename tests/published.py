@@ -1,4 +1,9 @@
-"""Configs of released networks, as their config.json and scheduler_config.json have them."""
+"""Configs of released networks, as their config.json and scheduler_config.json have them, and two whole ones."""
+
+from pathlib import Path
+
+RELEASED = Path(__file__).parent / "released"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 CIFAR10 = {  # google/ddpm-cifar10-32
     "_class_name": "UNet2DModel",

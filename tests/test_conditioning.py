@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gaussian import BAR
 
 from ddpm_jax import conditioning, diffusion, samplers
 
-BAR = np.insert(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)), 0, 1.0)
 NULL = 2
 MEANS, SPREAD = np.array([-0.4, 0.7, 0.1]), 0.5  # of the classes 0 and 1, and of what the label NULL stands for
 

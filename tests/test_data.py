@@ -14,12 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from sklearn.datasets import load_digits
 
 from ddpm_jax.data import Dataset, batch, fingerprint, load, loader, prefetch
 from ddpm_jax.errors import DataError
-
-ROOT = Path(__file__).parents[1]
 
 
 def numbered(n):

@@ -2,14 +2,12 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.slow

@@ -2,31 +2,25 @@
 
 import itertools
 
+import gaussian
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import diffusion, editing, images, samplers, schedules
+from ddpm_jax import editing, images, samplers, schedules
 
-LINEAR_BAR = np.insert(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)), 0, 1.0)
 MEAN, SPREAD = 0.2, 0.5
 
 # schedule, and alphas_bar by the papers' own definitions: a product; exp of minus the integral of 0.1 + 19.9 t
 CASES = {
-    "linear": (schedules.from_betas(schedules.linear_betas()), lambda t: LINEAR_BAR[np.asarray(t, int)]),
+    "linear": (schedules.from_betas(schedules.linear_betas()), lambda t: gaussian.BAR[np.asarray(t, int)]),
     "vp": (schedules.make_schedule("vp"), lambda t: np.exp(-(0.1 * t + 19.9 * t**2 / 2))),
 }
 
 
 def exact(schedule, spread=SPREAD, mean=MEAN):
-    """E[x_0 | x_t] for data N(mean, spread^2)."""
-
-    def predict(x_t, t):
-        alpha, sigma = diffusion.alpha_sigma(schedule.logsnr(t))
-        return mean + alpha * spread**2 / (alpha**2 * spread**2 + sigma**2) * (x_t - alpha * mean)
-
-    return predict
+    return gaussian.exact(schedule, spread, mean)
 
 
 def flow(x, bar_from, bar_to, spread=SPREAD, mean=MEAN):

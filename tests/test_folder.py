@@ -1,66 +1,19 @@
-"""Folders of pictures against pictures painted beforehand: what is read, what is refused, and several at once."""
+"""Folders of pictures against pictures painted beforehand: what is read, and what is refused."""
 
 import io
 import os
-import resource
-import shutil
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import ROOT, levels, paint
 from PIL import Image
 
-from ddpm_jax.data import batch, load, maps, sources
+from ddpm_jax.data import load, sources
 from ddpm_jax.errors import DataError
-
-ROOT = Path(__file__).parents[1]
-
-
-def paint(path, level, size=(8, 8)):
-    """Write a picture of one gray level."""
-    Image.new("RGB", size, (level,) * 3).save(path)
-
-
-def levels(dataset):
-    """The level of each image, all of whose pixels must have it."""
-    first = dataset.images[:, :1, :1, :1]
-    assert (dataset.images == first).all()
-    return first.ravel().tolist()
-
-
-@pytest.fixture
-def album(tmp_path):
-    """An empty folder and a function that loads it as 8x8 pictures."""
-    folder = tmp_path / "album"
-    folder.mkdir()
-
-    def load_album(**options):
-        return load(f"folder:{folder}", **({"image_size": (8,), "cache_dir": tmp_path / "cache"} | options))
-
-    return folder, load_album
-
-
-def test_a_folder_is_decoded_once_then_mapped(album, monkeypatch):
-    folder, load_album = album
-    (folder / "sub").mkdir()
-    for name, level in (("b.png", 2), ("a.BMP", 1), ("sub/c.png", 3)):
-        paint(folder / name, level)
-    first = load_album()
-    assert first.images.shape == (3, 8, 8, 3)
-    assert first.labels is None
-
-    def read(*_):
-        raise AssertionError("decoded again")
-
-    monkeypatch.setattr(sources, "read", read)
-    second = load_album()
-    assert isinstance(second.images, np.memmap)
-    assert levels(first) == levels(second) == [1, 2, 3]
 
 
 def test_size_and_channels_of_a_folder(album):
@@ -69,24 +22,6 @@ def test_size_and_channels_of_a_folder(album):
     assert load_album(image_size=(4, 6)).images.shape == (1, 4, 6, 3)
     assert load_album(image_size=(4, 6), channels=1).images.shape == (1, 4, 6, 1)
     assert levels(load_album(image_size=(4, 6), channels=1)) == [90]
-
-
-def test_a_changed_folder_is_decoded_anew(album):
-    folder, load_album = album
-    paint(folder / "a.png", 1)
-    paint(folder / "b.png", 2)
-    assert levels(load_album()) == [1, 2]
-    size = (folder / "a.png").stat().st_size
-    paint(folder / "a.png", 3)
-    os.utime(folder / "a.png", ns=(1, 1))
-    assert (folder / "a.png").stat().st_size == size  # so that the time alone tells
-    assert levels(load_album()) == [3, 2]
-    paint(folder / "c.png", 4)
-    assert levels(load_album()) == [3, 2, 4]
-    (folder / "a.png").rename(folder / "d.png")
-    assert levels(load_album()) == [2, 4, 3]
-    (folder / "b.png").unlink()
-    assert levels(load_album()) == [4, 3]
 
 
 def test_subfolders_are_labels_in_byte_order(album, capsys):
@@ -118,26 +53,7 @@ def test_labels_follow_a_renamed_subfolder(album):
         assert load_album(max_unreadable=0.5).labels.tolist() == [1, 2]
 
 
-def test_a_picture_moved_to_another_subfolder_has_its_label(album):
-    """Of the same size and time as before, and in the same order."""
-    folder, load_album = album
-    for name in ("a/1.png", "a/2.png", "b/3.png"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        paint(folder / name, 7)
-        os.utime(folder / name, ns=(1, 1))
-    assert load_album().labels.tolist() == [0, 0, 1]
-    (folder / "a" / "2.png").rename(folder / "b" / "2.png")
-    assert load_album().labels.tolist() == [0, 1, 1]
-
-
-def test_a_map_from_before_there_were_labels_is_made_anew(album, monkeypatch):
-    folder, load_album = album
-    (folder / "a").mkdir()
-    paint(folder / "a" / "1.png", 1)
-    with monkeypatch.context() as patch:
-        patch.setattr(sources, "_classes", lambda names: [])
-        assert load_album().labels is None
-    assert load_album().labels.tolist() == [0]
+# --- what is refused
 
 
 def test_fault_46_unreadable_pictures_are_named_and_the_rest_kept(album):
@@ -239,6 +155,39 @@ def test_fault_44_folders_that_cannot_be_used(album, tmp_path):
         load_album(image_size=())
 
 
+def test_a_subfolder_that_cannot_be_listed_is_no_empty_one(album, monkeypatch):
+    folder, load_album = album
+    paint(folder / "a.png", 1)
+    (folder / "sub").mkdir()
+    scandir = os.scandir
+
+    def forbidden(path):
+        if os.fsencode(path).endswith(b"sub"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    with pytest.raises(DataError, match=r"cannot list .*sub.*Permission denied"):
+        load_album()
+
+
+def test_fault_46_and_fault_54_what_is_no_picture_file(album):
+    """A folder called x.png is gone into, a pipe is counted as unreadable, hidden files and other suffixes are not."""
+    folder, load_album = album
+    (folder / "x.png").mkdir()
+    for name, level in (("a.png", 1), ("x.png/b.png", 2), ("y.png", 3)):
+        paint(folder / name, level)
+    (folder / "._a.png").write_bytes(b"resource fork")
+    (folder / "a.txt").write_text("text")
+    assert levels(load_album(max_unreadable=0)) == [1, 2, 3]
+    os.mkfifo(folder / "pipe.png")
+    with pytest.warns(UserWarning, match=r"1 of 4 .*pipe\.png"):
+        assert levels(load_album(max_unreadable=0.3)) == [1, 2, 3]
+
+
+# --- names
+
+
 def test_fault_55_order_is_that_of_the_names_bytes(album):
     """However odd the names, and whichever was written first; one of them cannot be read and is still named."""
     folder, load_album = album
@@ -288,20 +237,6 @@ def test_fault_55_many_files(album):
         directory.mkdir(exist_ok=True)
         os.link(folder / f".{number % 100}.png", directory / f"{number:05}.png")
     assert levels(load_album()) == list(range(100)) * 200
-
-
-def test_fault_46_and_fault_54_what_is_no_picture_file(album):
-    """A folder called x.png is gone into, a pipe is counted as unreadable, hidden files and other suffixes are not."""
-    folder, load_album = album
-    (folder / "x.png").mkdir()
-    for name, level in (("a.png", 1), ("x.png/b.png", 2), ("y.png", 3)):
-        paint(folder / name, level)
-    (folder / "._a.png").write_bytes(b"resource fork")
-    (folder / "a.txt").write_text("text")
-    assert levels(load_album(max_unreadable=0)) == [1, 2, 3]
-    os.mkfifo(folder / "pipe.png")
-    with pytest.warns(UserWarning, match=r"1 of 4 .*pipe\.png"):
-        assert levels(load_album(max_unreadable=0.3)) == [1, 2, 3]
 
 
 # --- files that change
@@ -368,191 +303,3 @@ def test_fault_56_a_file_that_is_gone_when_it_is_read(album, monkeypatch):
         with pytest.warns(UserWarning, match=r"1 of 4 .*2\.png \(.*No such file"):
             assert levels(load_album(max_unreadable=0.25)) == [0, 1, 3]
     assert levels(load_album(max_unreadable=0)) == [0, 1, 3]  # listed anew
-
-
-def test_fault_56_a_folder_that_is_gone_while_training(album):
-    """Batches come from the memory map, which also stays if another process replaces it."""
-    folder, load_album = album
-    for level in range(4):
-        paint(folder / f"{level}.png", level)
-    dataset = load_album()
-    before = batch(dataset, 0, 0, 4)
-    paint(folder / "2.png", 200, (9, 9))
-    load_album()
-    shutil.rmtree(folder)
-    np.testing.assert_array_equal(batch(dataset, 0, 0, 4)["image"], before["image"])
-
-
-def test_a_subfolder_that_cannot_be_listed_is_no_empty_one(album, monkeypatch):
-    folder, load_album = album
-    paint(folder / "a.png", 1)
-    (folder / "sub").mkdir()
-    scandir = os.scandir
-
-    def forbidden(path):
-        if os.fsencode(path).endswith(b"sub"):
-            raise PermissionError(13, "Permission denied", path)
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", forbidden)
-    with pytest.raises(DataError, match=r"cannot list .*sub.*Permission denied"):
-        load_album()
-
-
-# --- the memory map
-
-
-@pytest.mark.parametrize("suffix", [".json", ".npy", ".labels.npy"])
-@pytest.mark.parametrize("damage", ["cut", "empty", "gone"])
-def test_a_damaged_map_is_made_anew(album, tmp_path, suffix, damage):
-    folder, load_album = album
-    for level in range(4):
-        paint(folder / f"{level}.png", level)
-    load_album()
-    (file,) = [file for file in (tmp_path / "cache").iterdir() if file.name[16:] == suffix]
-    if damage == "gone":
-        file.unlink()
-    else:
-        os.truncate(file, file.stat().st_size - 1 if damage == "cut" else 0)
-    assert levels(load_album()) == [0, 1, 2, 3]
-
-
-def test_a_map_without_room(album, tmp_path, monkeypatch):
-    folder, load_album = album
-    for level in range(40):
-        paint(folder / f"{level:02}.png", level)
-    with pytest.raises(DataError, match=r"cannot write to data\.cache_dir=.*00\.png/cache: Not a directory"):
-        load_album(cache_dir=folder / "00.png/cache")
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=7000))
-        with pytest.raises(DataError, match=r"need 0\.0 GB, data\.cache_dir=.* has 0\.0 GB"):
-            load_album()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))  # which meets the writer as a full disk does
-    try:
-        with pytest.raises(DataError, match=r"cannot write to data\.cache_dir=.*: File too large"):
-            load_album()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert levels(load_album()) == list(range(40))
-
-
-@pytest.fixture
-def counted(album, monkeypatch):
-    """An album of 2,000 equal pictures and the list of those that have been read."""
-    folder, _ = album
-    done, read = [], sources.read
-    paint(folder / "0000.png", 7)
-    for number in range(1, 2000):
-        os.link(folder / "0000.png", folder / f"{number:04}.png")
-
-    def counting(path, *rest):
-        done.append(path)
-        return read(path, *rest)
-
-    monkeypatch.setattr(sources, "read", counting)
-    return done
-
-
-def test_decoding_can_be_interrupted(album, counted, monkeypatch):
-    """Ctrl-C waits for few pictures, and leaves nothing behind that looks like a map."""
-    _, load_album = album
-
-    def interrupted(items, *_):
-        for i, item in enumerate(items):
-            if i == 10:
-                raise KeyboardInterrupt
-            yield item
-
-    with monkeypatch.context() as patch:
-        patch.setattr(maps, "progress", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            load_album()
-    assert len(counted) < 500
-    assert levels(load_album()) == [7] * 2000
-
-
-def test_few_pictures_wait_in_memory(album, counted, monkeypatch):
-    """While the first of them takes its time the others are not all decoded."""
-    _, load_album = album
-    counting = sources.read
-
-    def slow(path, *rest):
-        found = counting(path, *rest)
-        if path.endswith("0000.png"):
-            time.sleep(1)
-            ahead.append(len(counted))
-        return found
-
-    ahead = []
-    monkeypatch.setattr(sources, "read", slow)
-    assert levels(load_album()) == [7] * 2000
-    assert ahead[0] < 500
-
-
-# --- several processes
-
-DECODE = """
-import os, sys, time
-from ddpm_jax.data import load, sources
-
-folder, cache, log, go = sys.argv[1:]
-read = sources.read
-
-def slow(path, *rest):
-    with open(log, "a") as file:
-        file.write(path + os.linesep)
-    time.sleep(0.01)
-    return read(path, *rest)
-
-sources.read = slow
-print("ready", flush=True)
-while not os.path.exists(go):
-    time.sleep(0.001)
-print(load("folder:" + folder, image_size=(8,), cache_dir=cache).images[:, 0, 0, 0].tolist())
-"""
-
-
-@pytest.fixture
-def start(album, tmp_path):
-    """A function that starts a process which waits for the file `go`, then decodes the album slowly and logs it."""
-    folder, _ = album
-    for level in range(100):
-        paint(folder / f"{level:02}.png", level)
-    paths = [folder, tmp_path / "cache", tmp_path / "log", tmp_path / "go"]
-    started = []
-
-    def start_one():
-        command = [sys.executable, "-c", DECODE, *map(str, paths)]
-        started.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True))
-        return started[-1]
-
-    yield start_one
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-def test_several_processes_decode_once(album, tmp_path, start):
-    folder, _ = album
-    processes = [start() for _ in range(3)]
-    for process in processes:
-        assert process.stdout.readline() == "ready\n"
-    (tmp_path / "go").touch()
-    for process in processes:
-        assert process.communicate(timeout=60)[0] == f"{list(range(100))}\n"
-    assert sorted((tmp_path / "log").read_text().split()) == [str(folder / f"{level:02}.png") for level in range(100)]
-
-
-def test_fault_58_a_process_killed_while_decoding(tmp_path, start):
-    """Another that waits takes over, and what the first had begun is cleared away."""
-    log = tmp_path / "log"
-    first = start()
-    (tmp_path / "go").touch()
-    while not log.exists() or len(log.read_text().split()) < 10:
-        time.sleep(0.01)
-    second = start()
-    first.kill()
-    assert second.communicate(timeout=60)[0] == f"ready\n{list(range(100))}\n"
-    left = sorted(file.name[16:] for file in (tmp_path / "cache").iterdir())
-    assert left == [".json", ".labels.npy", ".lock", ".npy"]

@@ -8,15 +8,14 @@ import subprocess
 import sys
 import time
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import EpsImagePlugin, Image
 
 from ddpm_jax.data.intake import fit, read
 
-ROOT = Path(__file__).parents[1]
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 

@@ -1,10 +1,7 @@
-"""Agreement with diffusers, step by step: the same x_t, the same output of the network, the same noise.
+"""Agreement with diffusers' DDPM, DDIM and RePaint, step by step as side_by_side.py has it.
 
-Both sides compute in float32, theirs from tables of float32 products, ours from log-SNRs made in float64. Each step of
-either starts from the same x_t, so that a difference is that of the step itself; multistep solvers keep their own
-memory. Differences of convention, each of which a test here states:
+Differences of convention, each of which a test here states:
 
-- Times: theirs run 0..T-1, ours 1..T with 0 for clean data: our t is their t + 1.
 - Variance: "fixed_small", "fixed_large" and "learned_range" are our fixedsmall, fixedlarge and learned. Their DDPM adds
   noise in the step to clean data when that starts above t = 1 (spacing "trailing") and the variance is not
   "fixed_small"; ours never does.
@@ -12,13 +9,7 @@ memory. Differences of convention, each of which a test here states:
 - DDIM's steps: theirs always go T // n down, ours to the next time; the same where n divides T, and with "leading".
   Their set_alpha_to_one=True ends at clean data, as ours always does.
 - Spacings: "leading" is the same table; "trailing" and "linspace" too but for times halfway between two whole ones,
-  which are rounded to either side. For some n (61, 103 ...) their "trailing" has n + 1 times. Their DPM-Solver has
-  other tables under "leading" and "linspace", so only "trailing" is compared.
-- DPM-Solver++: our dpmpp_2m is theirs of order 2 with solver_type="midpoint". Our dpmpp_3m integrates the parabola
-  through three x_0_hat exactly, theirs of order 3 counts its curvature half; the second step, of second order, is
-  that of solver_type="heun". With fewer than 15 steps they take the last step but one at second order.
-- A schedule without signal at T: their DPM-Solver puts alphas_bar_T = 2^-24 there, ours is 0, which the first two steps
-  feel by some 1e-4.
+  which are rounded to either side. For some n (61, 103 ...) their "trailing" has n + 1 times.
 - Dynamic thresholding: their sample_max_value caps the threshold, by default at 1, which is plain clipping.
 - RePaint: the same times with spacing "leading". They draw one noise for the known part and the painted one, and go up
   in single steps, each with the beta of the time below; we draw two, and go up at once with the betas of those steps.
@@ -27,101 +18,32 @@ memory. Differences of convention, each of which a test here states:
 """
 
 import itertools
-from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.integrate
+from side_by_side import (
+    COSINE,
+    SHAPE,
+    WAYS,
+    ZERO,
+    network,
+    noise_of,
+    noise_up_to,
+    our_step,
+    ours,
+    theirs,
+    together,
+    torch,
+    walk,
+    worst,
+)
 
 from ddpm_jax import diffusion, editing, samplers, schedules
 
-pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore:__array__ implementation")]  # theirs
-
-torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-SHAPE = (8, 8, 3)
-WAYS = {"eps": "epsilon", "x_0": "sample", "v": "v_prediction"}  # our names and theirs
-COSINE = schedules.from_betas(schedules.cosine_betas())
-ZERO = schedules.from_betas(schedules.zero_terminal(schedules.linear_betas()))
-
-
-def network(x_t, t, channels=3):
-    """A fixed function in the place of a network; it goes beyond [-1, 1], so that clipping is active."""
-    phase = 1.3 * np.asarray(x_t) + t / 150
-    return np.concatenate([1.4 * np.sin(phase), np.cos(phase)], -1)[..., :channels].astype(np.float32)
-
-
-def theirs(x):
-    """(H, W, C) of ours as their (1, C, H, W)."""
-    return torch.from_numpy(np.moveaxis(np.array(x, np.float32), -1, 0)[None].copy())
-
-
-def ours(x):
-    return np.moveaxis(x[0].numpy(), 0, -1)
-
-
-def noise_of(seed):
-    """Their noise of a generator with that seed, for us, and such a generator, for them."""
-    noise = torch.randn((1, *np.roll(SHAPE, 1)), generator=torch.Generator().manual_seed(seed))
-    return ours(noise), torch.Generator().manual_seed(seed)
-
-
-def our_step(sampler, schedule, way="eps", limit="none"):
-    """step(output, noise, x_t, t, s, memory) -> x_s, memory, with the network's output and all noise given."""
-    make = diffusion.make_denoiser_with_variance if sampler.asks_variance else diffusion.make_denoiser
-
-    @jax.jit
-    def step(output, noise, x_t, t, s, memory):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(samplers.jax.random, "normal", lambda key, shape: noise)
-            parameterization, limits = diffusion.PARAMETERIZATIONS[way], diffusion.LIMITS[limit]
-            predict = make(lambda *_, label: output, schedule, parameterization, None, limit=limits)
-            return sampler.step(predict, jax.random.key(0), x_t, t, s, memory)
-
-    return step
-
-
-class Step(NamedTuple):
-    t: int
-    s: int
-    x_t: np.ndarray
-    output: np.ndarray
-    mine: np.ndarray  # x_s
-    his: np.ndarray
-    his_x_0_hat: np.ndarray | None
-
-    @property
-    def difference(self):
-        """The greatest one, relative where x_s is larger than an image."""
-        return np.abs(self.mine - self.his).max() / max(1.0, np.abs(self.his).max())
-
-
-def walk(scheduler, sampler, schedule, times, way="eps", limit="none", channels=3, **options):
-    """A Step for each pair of `times`, each from what their last step gave, along what `scheduler` was set to."""
-    np.testing.assert_array_equal(scheduler.timesteps.numpy() + 1, times[: len(scheduler.timesteps)])
-    step, x = our_step(sampler, schedule, way, limit), np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
-    memory = sampler.init(jnp.asarray(x))
-    for (t, s), their_t in zip(itertools.pairwise(times.tolist()), scheduler.timesteps, strict=True):
-        output, (noise, generator) = network(x, t, channels), noise_of(t)
-        mine, memory = step(output, noise, x, t, s, memory)
-        given = {"generator": generator} | {k: v(noise) if callable(v) else v for k, v in options.items()}
-        result = scheduler.step(theirs(output), their_t, theirs(x), **given)
-        x_0_hat = result.get("pred_original_sample")
-        his = ours(result.prev_sample)
-        yield Step(t, s, x, output, np.asarray(mine), his, None if x_0_hat is None else ours(x_0_hat))
-        x = his
-
-
-def together(scheduler, sampler, schedule, steps, spacing="trailing", **options):
-    scheduler.set_timesteps(steps)
-    return list(walk(scheduler, sampler, schedule, schedule.times(steps, spacing), **options))
-
-
-def worst(steps):
-    return max(step.difference for step in steps)
+pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore:__array__ implementation")]  # theirs
 
 
 BETAS = {
@@ -209,11 +131,6 @@ def test_ancestral_steps(linear, variance, steps, spacing):
         assert last.difference > 1e-2
 
 
-def noise_up_to(t):
-    """1 - alphas_bar_t of the linear schedule, the variance of all noise up to t."""
-    return 1 - np.prod(1 - np.linspace(1e-4, 0.02, 1000)[:t])
-
-
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("schedule", "clipped"), [("linear", True), ("linear", False), ("squaredcos_cap_v2", True)])
 def test_ancestral_steps_of_other_outputs(linear, way, schedule, clipped):
@@ -284,86 +201,6 @@ def test_ddim_steps_where_n_does_not_divide_T(linear):
     assert set(-np.diff(times)) == {3, 4}
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("steps", [10, 20, 100])
-def test_multistep_steps_of_second_order(linear, way, steps):
-    for schedule, own in (("linear", linear), ("squaredcos_cap_v2", COSINE)):
-        scheduler = solver(2, "midpoint", schedule, way)
-        found = together(scheduler, samplers.dpmpp_2m(own), own, steps, way=way)
-        assert worst(found) < 2e-5
-
-
-def solver(order, kind, schedule="linear", way="eps", **options):
-    return diffusers.DPMSolverMultistepScheduler(
-        beta_schedule=schedule,
-        prediction_type=WAYS[way],
-        algorithm_type="dpmsolver++",
-        solver_order=order,
-        solver_type=kind,
-        lower_order_final=True,
-        final_sigmas_type="zero",
-        timestep_spacing="trailing",
-        **options,
-    )
-
-
-def half_logsnr(t):
-    bar = 1 - noise_up_to(t)
-    return np.log(bar / (1 - bar)) / 2
-
-
-@pytest.mark.parametrize("steps", [20, 100])
-def test_multistep_steps_of_third_order_but_for_the_curvature(linear, steps):
-    """Ours less theirs is half of what the curvature adds to a step, the integral of alpha_s x_0_hat exp(u - h) du.
-
-    That is the parabola's second divided difference times the integral of u^2; in float64, by quadrature.
-    """
-    found = together(solver(3, "heun", way="x_0"), samplers.dpmpp_3m(linear), linear, steps, way="x_0")
-    for step in (*found[:2], found[-1]):
-        assert step.difference < 5e-6
-    for before, last, here in zip(found, found[1:], found[2:-1], strict=False):
-        times, x_0_hats = zip(*((step.t, step.output.astype(float)) for step in (here, last, before)), strict=True)
-        (l_0, l_1, l_2), l_s = map(half_logsnr, times), half_logsnr(here.s)
-        slopes = (x_0_hats[0] - x_0_hats[1]) / (l_0 - l_1), (x_0_hats[1] - x_0_hats[2]) / (l_1 - l_2)
-        divided = (slopes[0] - slopes[1]) / (l_0 - l_2)
-        h = l_s - l_0
-        integral, _ = scipy.integrate.quad(lambda u, h=h: np.exp(u - h) * u**2, 0, h)
-        share = np.sqrt(1 - noise_up_to(here.s)) * divided * integral
-        np.testing.assert_allclose(here.mine - here.his, share / 2, atol=1e-5 + 1e-3 * np.abs(share).max())
-
-
-def test_few_steps_end_at_lower_order(linear):
-    """With fewer than 15 steps their last but one is of second order, that of our dpmpp_2m; ours of third."""
-    *_, second, last = together(solver(3, "midpoint", way="x_0"), samplers.dpmpp_2m(linear), linear, 10, way="x_0")
-    assert second.difference < 5e-6
-    assert last.difference < 5e-6
-    *_, second, _ = together(solver(3, "midpoint", way="x_0"), samplers.dpmpp_3m(linear), linear, 10, way="x_0")
-    assert second.difference > 1e-2
-
-
-def test_both_solvers_of_third_order_reach_the_solution(linear):
-    """Of the flow of N(0, 1/4) from t = 1000 to 200, where ours with the whole curvature is the nearer one."""
-    bar = {t: 1 - noise_up_to(t) for t in range(1, 1001)}
-    x_T = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
-    sd_T, sd = (np.sqrt(bar[t] / 4 + 1 - bar[t]) for t in (1000, 200))
-    wanted, errors = x_T * sd / sd_T, {"mine": [], "his": []}
-    for n in (10, 20, 40, 80):
-        times = np.linspace(1000, 200, n + 1).astype(int)
-        scheduler, sampler = solver(3, "heun", way="x_0"), samplers.dpmpp_3m(linear)
-        scheduler.set_timesteps(timesteps=(times - 1).tolist())
-        step, mine, his = our_step(sampler, linear, "x_0"), x_T, x_T
-        memory = sampler.init(jnp.asarray(x_T))
-        for t, s in itertools.pairwise(times.tolist()):
-            gain = np.float32(np.sqrt(bar[t]) / 4 / (bar[t] / 4 + 1 - bar[t]))
-            mine, memory = step(gain * mine, x_T, mine, t, s, memory)
-            his = ours(scheduler.step(theirs(gain * his), torch.tensor(t - 1), theirs(his)).prev_sample)
-        errors["mine"].append(np.abs(mine - wanted).mean())
-        errors["his"].append(np.abs(his - wanted).mean())
-    assert all(mine < his / 2 for mine, his in zip(*errors.values(), strict=True))
-    for found in errors.values():
-        assert found[-1] < min(3e-5, found[0] / 100)
-
-
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_a_schedule_without_signal_at_T(eta):
     """With v, which says x_0 there; theirs as ours from alphas_bar_T = 0."""
@@ -373,14 +210,6 @@ def test_a_schedule_without_signal_at_T(eta):
     options = {"way": "v", "limit": "clip", "eta": eta, "use_clipped_model_output": True}
     found = together(scheduler, samplers.ddim(ZERO, eta), ZERO, 50, **options)
     assert worst(found) < 5e-6
-
-
-def test_multistep_without_signal_at_T():
-    """Only the first two steps feel that their alphas_bar_T is 2^-24."""
-    scheduler = solver(2, "midpoint", way="v", rescale_betas_zero_snr=True)
-    found = together(scheduler, samplers.dpmpp_2m(ZERO), ZERO, 50, way="v")
-    assert worst(found[:2]) < 5e-4
-    assert worst(found[2:]) < 5e-6
 
 
 def test_ddim_upwards(linear):

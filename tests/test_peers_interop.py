@@ -9,12 +9,11 @@ once at 256 (slow).
 """
 
 import itertools
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from published import CIFAR10, OLD_SCHEDULER, PAPER_256, TRAIN_UNCONDITIONAL
+from published import CIFAR10, OLD_SCHEDULER, PAPER_256, RELEASED, TRAIN_UNCONDITIONAL
 
 from ddpm_jax import diffusion, experiment, images, samplers
 from ddpm_jax.interop import __main__ as interop
@@ -25,7 +24,6 @@ pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore:__array__ im
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-RELEASED = Path(__file__).parent / "released"
 TINY = {
     "block_out_channels": [8, 16, 16],
     "down_block_types": ["AttnDownBlock2D", "DownBlock2D", "AttnDownBlock2D"],

@@ -1,7 +1,6 @@
 """What holds for any value: configs are read as they were written, junk is refused, pictures and batches keep shape."""
 
 import contextlib
-import dataclasses
 import io
 import json
 import math
@@ -10,6 +9,7 @@ import typing
 
 import numpy as np
 import pytest
+from command_line import Args
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -83,16 +83,6 @@ def test_any_config_survives_json(config):
     again = configs.from_json(configs.to_json(config))
     assert again == config
     assert repr(again) == repr(config)
-
-
-@dataclasses.dataclass(frozen=True)
-class Args(options.Arguments):
-    """A command line like that of train.py."""
-
-    config: Config = dataclasses.field(default_factory=Config)
-    config_file: str = "configs/digits.py"
-    workdir: str = options.option("", "a folder")
-    dry_run: bool = options.option(False, "a flag")
 
 
 @given(CONFIGS, TEXT, st.booleans(), st.sampled_from("-_"))
