@@ -192,8 +192,9 @@ def topology(name):
         raise ConfigError(f"--topology={name} needs TPU's compiler: pip install ddpm-jax[tpu]")
     from jax.experimental import topologies
 
-    # libtpu looks for a TPU around it, and says at length that there is none.
-    for variable, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost")):
+    # libtpu looks for a TPU around it, says at length that there is none, and lets in one process at a time.
+    quietly = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    for variable, value in quietly.items():
         os.environ.setdefault(variable, value)
     try:
         return topologies.get_topology_desc(name, "tpu").devices

@@ -40,7 +40,9 @@ def for_topology(config, devices, say):
     init_state, train_step = experiment.make_training(parts)
     state, root = jax.eval_shape(init_state), jax.eval_shape(lambda: keys.root(config.train.seed, "train"))
     batch = jax.eval_shape(lambda: jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), batch))
-    compiled = _compile(parallel.pmap_step(train_step, devices), state, batch, root, say)
+    # With more effort the compiler searches for minutes for the best shape of each convolution.
+    step, less = parallel.pmap_step(train_step, devices), {"exec_time_optimization_effort": -1.0}
+    compiled = _compile(step, state, batch, root, say, less)
     flops, moved = (compiled.cost_analysis()[name] for name in ("flops", "bytes accessed"))
     say(f"{flops / 1e9:,.1f} GFLOP and {moved / 1e9:,.2f} GB to and from memory a step on each chip")
     exchanged = collectives(compiled.as_text())
@@ -103,9 +105,9 @@ def counts(params):
     return found
 
 
-def _compile(train_step, state, batch, root, say):
+def _compile(train_step, state, batch, root, say, options=None):
     clock = time.monotonic()
-    compiled = train_step.lower(state, batch, root).compile()
+    compiled = train_step.lower(state, batch, root).compile(options)
     memory = compiled.memory_analysis()
     held, used = memory.argument_size_in_bytes / 1e6, memory.temp_size_in_bytes / 1e6
     say(f"compiled in {time.monotonic() - clock:.1f} s; a device holds {held:,.0f} MB, a step uses {used:,.0f} MB more")
