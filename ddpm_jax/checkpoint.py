@@ -30,6 +30,7 @@ from flax import serialization
 from ddpm_jax import __version__, options, parallel, trees
 from ddpm_jax.errors import CheckpointError, Diverged, UserError, run, writing
 from ddpm_jax.files import lock
+from ddpm_jax.log import without_warnings_of_absl
 
 ARRAYS = ("params", "ema_params", "opt_state", "times", "averages")  # those that are empty are left out
 COUNTERS = ("step", "skipped", "skipped_in_row")
@@ -60,17 +61,18 @@ def open_manager(folder, keep=None, keep_every=0, read_only=False):
     if not read_only and parallel.is_first():
         delete([*unfinished(folder), *trash(folder)])
     handlers = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ARRAYS}
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep,
-        keep_period=keep_every or None,
-        todelete_subdir=None if read_only else TRASH,
-        read_only=read_only,
-        cleanup_tmp_directories=False,  # it would take every folder without a marker, whosever it is
-        atomicity_options=ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE),
-    )
-    return ocp.CheckpointManager(
-        Path(folder).resolve(), options=options, item_handlers={**handlers, "meta": ocp.JsonCheckpointHandler()}
-    )
+    with without_warnings_of_absl():  # of what is read only
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            keep_period=keep_every or None,
+            todelete_subdir=None if read_only else TRASH,
+            read_only=read_only,
+            cleanup_tmp_directories=False,  # it would take every folder without a marker, whosever it is
+            atomicity_options=ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE),
+        )
+        return ocp.CheckpointManager(
+            Path(folder).resolve(), options=options, item_handlers={**handlers, "meta": ocp.JsonCheckpointHandler()}
+        )
 
 
 def steps(folder: Path) -> list[int]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import math
 import os
 import sys
@@ -18,6 +19,18 @@ def note(text):
     """Print a line at once, escaped where the output has no letters for it."""
     encoding = sys.stdout.encoding or "utf8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
+@contextlib.contextmanager
+def without_warnings_of_absl():
+    """Meanwhile only the errors of Orbax and TFDS are shown, not what they recommend or say of their own options."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(max(level, logging.ERROR))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def now_and_then(say, seconds=5):

@@ -1,5 +1,6 @@
 """The lines of the README that train and sample from Python."""
 
+import logging
 import pickle
 import re
 import subprocess
@@ -28,7 +29,7 @@ def test_the_lines_of_the_readme_are_train_and_sample(trained, script, environme
         lines = lines.replace(here, there)
     command = [sys.executable, "-c", lines + KEEP]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")  # nor warnings of libraries that are not asked for
 
     params, samples = pickle.loads((tmp_path / "made").read_bytes())
     there = checkpoint.load(trained / "checkpoints", ["ema_params"])[1]["ema_params"]
@@ -38,6 +39,13 @@ def test_the_lines_of_the_readme_are_train_and_sample(trained, script, environme
     np.testing.assert_array_equal(samples, np.load(tmp_path / "out" / "samples.npz")["images"])
     grids = [np.asarray(Image.open(tmp_path / name)) for name in ("samples.png", "out/grid.png")]
     np.testing.assert_array_equal(*grids)
+
+
+def test_a_restored_run_brings_no_warnings_of_orbax(run, caplog):
+    with caplog.at_level(logging.WARNING, "absl"):
+        experiment.restore(run[0], "ema")
+        assert logging.getLogger("absl").level == logging.WARNING
+    assert not caplog.records
 
 
 def test_draw_is_sample(run, call, tmp_path):

@@ -110,8 +110,9 @@ def test_fault_73_nothing_there_is_written_over_unasked(run, call, tmp_path, nam
     assert err == f"error: {tmp_path} already holds samples ({name}); take another --out, or say --overwrite\n"
     assert (names(tmp_path), (tmp_path / name).read_bytes()) == ([name], b"mine")
     if name == "grid.png":
-        assert call(sample, *given, "--overwrite")[0] == 0
-        assert names(tmp_path) == OUTPUTS
+        code, out, _ = call(sample, *given, "--overwrite")
+        assert (code, names(tmp_path)) == (0, OUTPUTS)
+        assert out.endswith(f"wrote {tmp_path / 'grid.png'}, samples.npz, denoising.gif, 2 images alone\n")
         assert Image.open(tmp_path / "grid.png").format == "PNG"
 
 

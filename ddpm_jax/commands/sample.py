@@ -114,7 +114,8 @@ def main():
                 images.save_png(out / f"image_{index:06}.png", image)
         if args.gif:
             images.save_gif(out / "denoising.gif", [images.grid(page) for page in batches[0][:64].swapaxes(0, 1)])
-    log.note(f"wrote {out / 'grid.png'} and samples.npz")
+    also = ["samples.npz", *["denoising.gif"] * args.gif, *[f"{len(samples)} images alone"] * args.png]
+    log.note(f"wrote {out / 'grid.png'}, {', '.join(also)}")
     return 0
 
 

@@ -8,7 +8,7 @@ from ddpm_jax.data.maps import GROUP, decode
 from ddpm_jax.data.prepare import SETS, prepare, write
 from ddpm_jax.errors import DataError, first_line
 from ddpm_jax.files import locked
-from ddpm_jax.log import note
+from ddpm_jax.log import note, without_warnings_of_absl
 
 
 def from_tfds(name, image_size, channels, split="train", data_dir="", cache_dir="~/.cache/ddpm_jax", files="", **_):
@@ -73,7 +73,8 @@ def _prepared(make, prepare):
 def _from_builder(builder, image_size, channels, split, cache_dir):
     try:
         rows = builder.as_data_source(split=split)
-        rows[0]  # only now is a file opened
+        with without_warnings_of_absl():  # of OpenCV, which is not installed
+            rows[0]  # only now is a file opened
     except NotImplementedError as error:
         how = "" if builder.name in SETS else f" and prepare it there, {_with_tensorflow(builder.name, 'DIR')}"
         raise DataError(

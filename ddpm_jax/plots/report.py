@@ -27,6 +27,7 @@ PAGE = Template("""<!DOCTYPE html>
 body { max-width: 52rem; margin: 0 auto; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif; color: var(--ink);
   background: var(--page) }
 h1, h2, td, figcaption { overflow-wrap: anywhere }
+td + td { min-width: 10em }
 h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line) }
 figure { margin: 1.5rem 0 }
 figure > div, .wide { overflow-x: auto }
