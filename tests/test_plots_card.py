@@ -161,7 +161,7 @@ def test_training(made):
     seconds = sum((b[0] - a[0]) * b[3] for a, b in zip([(0,), *ROWS], ROWS, strict=False) if b[3])
     assert seconds == 50 + 200 + 1200 + 3200 + 1600
     assert "Those in the log took 1:44:10 (h:mm:ss), with 30 images/s in the median" in words
-    assert "800,000 steps of 128 images in all, seed 0." in words
+    assert "800,000 steps in all, each of 128 images, seed 0." in words
     assert f"Started {', '.join(TIMES)}: devices 9 x abacus, versions (jax 0.0.3), git 0ff1ce\n" in words + "\n"
     wanted = [["100", "0.5123"], ["200", "nan"], ["600", "0.125"], ["1,000", "0.0625"], ["1,100", "0.03125"]]
     assert shown.tables[0] == [["step", "loss"], *wanted]
@@ -209,13 +209,13 @@ def test_every_number_is_in_the_files(made, whole):
     meta, trees = checkpoint.load(whole / "checkpoints", ["params"])
     files = [json.loads((whole / f"{name}.json").read_text()) for name in ("config", "run", "evaluation")]
     files += [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    known = numbers([files, meta, dataclasses.asdict(config.Config()), sorted(str(p) for p in whole.glob("samples/*"))])
+    known = numbers([files, meta, dataclasses.asdict(config.Config()), [path.name for path in whole.glob("samples/*")]])
     known += [float(sum(leaf.size for leaf in jax.tree.leaves(trees)))]
-    spelled = {f"{number:{form}}" for number in known for form in (".4g", ".4f", ".6g", ",.0f", ".0f")}
+    spelled = {f"{number:{form}}" for number in known for form in ("", ".4g", ".4f", ".6g", ",.0f", ".0f")}
     body = made.split("---\n", 2)[2].replace(card.PAPER, "").replace("1:44:10", "")
     found = re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?", body)
-    assert len(found) > 100
-    assert [number for number in found if number not in spelled and number.lstrip("0") not in spelled] == []
+    assert len(found) > 60
+    assert [number for number in found if number not in spelled and (number.lstrip("0") or "0") not in spelled] == []
 
 
 def test_no_path_of_this_machine(made, whole, tmp_path):
@@ -224,23 +224,20 @@ def test_no_path_of_this_machine(made, whole, tmp_path):
     assert re.findall(r"(?:^|[\s=:('\"])[/~]\S*", made.replace("https://", "")) == []
 
 
-@pytest.mark.parametrize(
-    ("told", "left"),
-    [
-        ("folder:/a b/c/d e", "folder:…/d e"),
-        ("npz:~/x.npz", "npz:…/x.npz"),
-        ("~somebody/x/y/", "…/y/"),
-        ("/x", "…/x"),
-        ("--dump=/a/b", "--dump=…/b"),
-        ("folder:package/img/64", "folder:package/img/64"),
-        ("bits/dim", "bits/dim"),
-        ("tfds:fashion_mnist", "tfds:fashion_mnist"),
-    ],
-)
-def test_paths_are_left_with_their_last_name(made, copy, call, told, left):
-    (copy / "run.json").write_text(json.dumps([{"time": "then", "argv": [], "what": [told], "in": {"it": told}}]))
+def test_paths_are_left_with_their_last_name(copy, call):
+    told = {
+        "folder:/a b/c/d e": "folder:…/d e",
+        "npz:~/x.npz": "npz:…/x.npz",
+        "~somebody/x/y/": "…/y/",
+        "/x": "…/x",
+        "--dump=/a/b": "--dump=…/b",
+        "folder:package/img/64": "folder:package/img/64",
+        "bits/dim": "bits/dim",
+    }
+    (copy / "run.json").write_text(json.dumps([{"time": "then", "argv": [], "what": [*told], "in": {"it": "/y/z"}}]))
     assert call(plots, copy, "--card", "--curves")[0] == 0
-    assert f"Started then: what {left}, in (it {left})" in parsed((copy / "card.md").read_text()).words
+    wanted = f"Started then: what {','.join(told.values())}, in (it …/z)"
+    assert wanted in parsed((copy / "card.md").read_text()).words
 
 
 def test_commands(made, whole, call, monkeypatch):

@@ -63,7 +63,7 @@ def _data(config, fingerprint):
 
 
 def _training(train, metrics, starts):
-    yield f"{train.steps:,} steps of {train.batch_size:,} images in all, seed {train.seed}. {_pace(metrics)}"
+    yield f"{train.steps:,} steps in all, each of {train.batch_size:,} images, seed {train.seed}. {_pace(metrics)}"
     begun = {}
     for start in _short(starts or []):
         told = {key: value for key, value in start.items() if key not in ("time", "argv") and value is not None}
