@@ -114,7 +114,7 @@ def _short(tree):
 
 def _escaped(text):
     """Text as Markdown shows it as it stands, in one line, also in a cell of a table."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~$&])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_{}\[\]<>#|~$&])", r"\\\1", re.sub(r"[\r\n]+", " ", text))
 
 
 def _code(text):
