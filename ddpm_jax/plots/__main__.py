@@ -1,7 +1,8 @@
 """Plot a run: python -m ddpm_jax.plots runs/digits --report
 
-Writes curves (SVG) and pictures (PNG, GIF) into RUN/plots, and with --report RUN/report.html, one page that holds them
-all. They follow from the run and its data, so nothing is lost with them: those of an earlier call are overwritten.
+Writes curves (SVG) and pictures (PNG, GIF) into RUN/plots, with --report RUN/report.html, one page that holds them
+all, and with --card RUN/card.md, a model card. They follow from the run and its data, so nothing is lost with them:
+those of an earlier call are overwritten.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ class Args(options.Arguments):
     workdir: str = options.option("", "folder of the run, or of one step of it; also as the first word")
     step: int = options.option(0, "of the checkpoint; 0 for the newest", options.at_least(0))
     report: bool = options.option(False, "also write the page")
+    card: bool = options.option(False, "also write the model card")
     curves: bool = options.option(False, "only what needs neither network nor data")
     num: int = options.option(4, "images in each strip", options.at_least(1))
     seed: int = options.option(0, "seed of the images", options.at_least(0), options.below(2**32))
@@ -27,7 +29,7 @@ class Args(options.Arguments):
         "ema", "averaged or plain parameters, or the length (sigma_rel) of a post-hoc average", options.which_weights
     )
     member: int = options.option(0, "of an ensemble, the run to draw", options.at_least(0))
-    out: str = options.option("", "folder of the plots, and of the page; WORKDIR/plots, and WORKDIR, when empty")
+    out: str = options.option("", "folder of the plots, page and card; WORKDIR/plots, and WORKDIR, when empty")
     platform: str = options.option("auto", "what to run on", options.one_of("auto", "cpu", "gpu", "tpu"))
     cpu_devices: int = options.option(
         0, "as how many devices a CPU is used; 0 for up to one a core", options.at_least(0)
@@ -42,12 +44,12 @@ def main():
         raise errors.ConfigError("name a run, for example python -m ddpm_jax.plots runs/digits")
 
     from ddpm_jax import checkpoint, experiment, log, parallel
-    from ddpm_jax.plots import album, figures, records, report
+    from ddpm_jax.plots import album, card, figures, records, report
 
     figures.check()
     checkpoint.quiet()
     run, step = experiment.find(args.workdir, args.step)
-    out, page = (Path(os.path.expanduser(args.out)),) * 2 if args.out else (run / "plots", run)
+    out, beside = (Path(os.path.expanduser(args.out)),) * 2 if args.out else (run / "plots", run)
     metrics, evaluation = records.metrics(run / "metrics.jsonl"), records.evaluation(run / "evaluation.json")
     starts, grids = records.starts(run / "run.json"), records.grids(run / "samples", args.member)
     parallel.start(args.num, platform=args.platform, distributed="off", cpu_devices=args.cpu_devices)
@@ -70,11 +72,18 @@ def main():
             with errors.writing(f"--out={out}"):
                 write_atomic(out / plot.file, plot.data)
     log.note(f"wrote {out}: {', '.join(plot.file for plot in plots if plot.data)}")
+    pages = {}
     if args.report:
-        text = report.page(run, step, parts.config, experiment.parameter_count(parts), plots, starts, evaluation)
-        with errors.writing(f"--out={page}"):
-            write_atomic(page / "report.html", text.encode())
-        log.note(f"wrote {page / 'report.html'}")
+        parameters = experiment.parameter_count(parts)
+        pages["report.html"] = report.page(run, step, parts.config, parameters, plots, starts, evaluation)
+    if args.card:
+        data = checkpoint.load(run / "checkpoints", [])[0].get("data")
+        grid = max(records.grid_files(run / "samples", args.member), default=None)
+        pages["card.md"] = card.text(run, step, parts, data, grid, metrics, starts, evaluation)
+    for name, text in pages.items():
+        with errors.writing(f"--out={beside}"):
+            write_atomic(beside / name, text.encode())
+        log.note(f"wrote {beside / name}")
     return 0
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 from ddpm_jax.errors import DataError, first_line
 
 NAMES = "step", "loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4", "grad_norm", "learning_rate"
+SPEED = "images_per_second", "seconds_per_step"
 
 
 def metrics(path):
@@ -18,18 +19,18 @@ def metrics(path):
     A last line that is not finished, as a run leaves it that is at work or was killed, does not count. Raises DataError
     for any other damage.
     """
-    path, rows = Path(path), []
+    path, rows, names = Path(path), [], (*NAMES, *SPEED)
     if not path.exists():
         return None
     *lines, _ = path.read_text(errors="replace").split("\n")
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            rest = (row.get(name) for name in NAMES[1:])
+            rest = (row.get(name) for name in names[1:])
             rows.append([float(row["step"]), *(float("nan") if value is None else float(value) for value in rest)])
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(f"{path}, line {number} is damaged; delete that line") from error
-    return dict(zip(NAMES, np.array(rows).T, strict=True)) if rows else None
+    return dict(zip(names, np.array(rows).T, strict=True)) if rows else None
 
 
 def starts(path):
@@ -61,14 +62,18 @@ def _document(path, fits):
     return found
 
 
+def grid_files(folder, member=0):
+    """[(step, path)] of all of the grids in a folder, in order; in that of an ensemble, of those of one `member`."""
+    names = ((re.fullmatch(rf"step_(\d+)(_member_{member})?", path.stem), path) for path in folder.glob("step_*.png"))
+    return sorted((int(name[1]), path) for name, path in names if name)
+
+
 def grids(folder, member=0, most=6):
     """[(step, uint8 (H, W, 3))] of at most so many of the grids in a folder, evenly spread, with the first and last.
 
-    In the folder of an ensemble, of those of one `member`. Large ones are made smaller. Raises DataError for one that
-    cannot be read.
+    They are picked from grid_files. Large ones are made smaller. Raises DataError for one that cannot be read.
     """
-    names = ((re.fullmatch(rf"step_(\d+)(_member_{member})?", path.stem), path) for path in folder.glob("step_*.png"))
-    found = sorted((int(name[1]), path) for name, path in names if name)
+    found = grid_files(folder, member)
     picked = np.linspace(0, len(found) - 1, min(most, len(found))).astype(int)
     return [(found[i][0], _picture(found[i][1])) for i in picked]
 

@@ -56,20 +56,21 @@ def page(run, step, config, parameters, plots, starts, evaluation):
     body.append(_evaluation(evaluation, run))
     body += ["<h2>Config</h2>", *_config(config), "<h2>Environment</h2>", *_starts(starts)]
     body += ["<h2>Again</h2>", _code("\n".join(commands(run, step, config)))]
-    return PAGE.substitute(title=escape(_name(run)), body="\n".join(body))
+    return PAGE.substitute(title=escape(name(run)), body="\n".join(body))
 
 
 def commands(run, step, config):
     """The command lines that repeat a run, its last grid, its evaluation, and its plots."""
     train = config.train
-    again = ["train", f"--config={run / 'config.json'}", f"--workdir=runs/{_name(run)}-again"]
+    again = ["train", f"--config={run / 'config.json'}", f"--workdir=runs/{name(run)}-again"]
     grid = [f"--num={train.sample_num}", f"--seed={train.seed}", f"--sampler={train.sampler}"]
     grid = ["sample", f"--workdir={run}", f"--step={step}", *grid, f"--steps={train.sample_steps}"]
     lines = [[*spelled(command).split(), *words] for command, *words in (again, grid, ["evaluate", f"--workdir={run}"])]
     return [shlex.join(["python", *words]) for words in (*lines, ["-m", "ddpm_jax.plots", str(run), "--report"])]
 
 
-def _name(run):
+def name(run):
+    """The last part of a run's folder, also where it is given as a dot."""
     return os.path.basename(os.path.abspath(run))
 
 
@@ -103,13 +104,23 @@ def _inline(plot):
 def _evaluation(report, run):
     if report is None:
         return f'<p class="note">Not evaluated yet: python {spelled("evaluate")} --workdir={escape(str(run))}</p>'
+    rows = [(metric, value, flat(own | settings)) for metric, value, own, settings in measured(report)]
+    return _table(("metric", "value", "with"), [*rows, ("all of them", "", flat(of_all(report)))])
+
+
+def measured(report):
+    """[(metric, its value in words, what else stands beside it, settings)] of evaluation.json."""
     shown, rows = ("value", "standard_error", "unit", "real", "curve", "settings"), []
-    for name, number in report["metrics"].items():
+    for metric, number in report["metrics"].items():
         real = f" (real images {_value(number['real'])})" if "real" in number else ""
-        rest = {key: value for key, value in number.items() if key not in shown} | number.get("settings", {})
-        rows.append((name, f"{_value(number)} {number['unit']}{real}", _flat(rest)))
-    rest = {key: value for key, value in report.items() if key not in ("metrics", "config")}
-    return _table(("metric", "value", "with"), [*rows, ("all of them", "", _flat(rest))])
+        own = {key: value for key, value in number.items() if key not in shown}
+        rows.append((metric, f"{_value(number)} {number['unit']}{real}", own, number.get("settings", {})))
+    return rows
+
+
+def of_all(report):
+    """What holds for all the metrics of evaluation.json, without the run's config."""
+    return {key: value for key, value in report.items() if key not in ("metrics", "config")}
 
 
 def _value(number):
@@ -117,18 +128,22 @@ def _value(number):
     return f"{number['value']:.4f}" + ("" if error is None else f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{error:.4f}")
 
 
-def _flat(value):
+def flat(value):
     """A tree of JSON as words in one line."""
     if isinstance(value, dict):
-        parts = {name: f"({_flat(part)})" if isinstance(part, dict) else _flat(part) for name, part in value.items()}
-        return ", ".join(f"{name} {part}" for name, part in parts.items())
+        parts = {key: f"({flat(part)})" if isinstance(part, dict) else flat(part) for key, part in value.items()}
+        return ", ".join(f"{key} {part}" for key, part in parts.items())
     return f"{value:.6g}" if isinstance(value, float) else options.to_text(value)
 
 
+def changed(config):
+    """[(field, value, default)] in words, of what differs from the defaults."""
+    differences = configs.differences(configs.Config(), config)
+    return [(field, options.to_text(here), options.to_text(default)) for field, default, here in differences]
+
+
 def _config(config):
-    changed = configs.differences(configs.Config(), config)
-    rows = [(name, options.to_text(here), options.to_text(default)) for name, default, here in changed]
-    yield _folded("What differs from the defaults", _table(("field", "here", "default"), rows))
+    yield _folded("What differs from the defaults", _table(("field", "here", "default"), changed(config)))
     yield _folded("All of it", _code(configs.to_json(config)))
 
 
@@ -136,7 +151,7 @@ def _starts(starts):
     if not starts:
         yield '<p class="note">There is no run.json: where this was trained is not known.</p>'
     for start in starts or ():
-        rows = [(name, _flat(value)) for name, value in start.items() if name not in ("time", "argv")]
+        rows = [(key, flat(value)) for key, value in start.items() if key not in ("time", "argv")]
         said = _code(shlex.join(["python", *start["argv"]]))
         yield _folded(f"Started {start['time']}", said + _table(("what", "then"), rows))
 
