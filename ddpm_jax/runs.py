@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -63,6 +64,11 @@ def check_same(config, **others):
 
 def claim(workdir):
     """Make the folder and keep other runs out of it: see files.lock."""
+    if found := re.search(r"[*?\[\]\\]", str(workdir.resolve())):
+        raise ConfigError(
+            f"--workdir={workdir} lies in a path with {found[0]}, from which checkpoints cannot be read back; take one "
+            "without * ? [ ] and \\"
+        )
     with writing(f"--workdir={workdir}"):
         (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
         return lock(workdir)

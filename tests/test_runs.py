@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import json
 import os
+import re
 
 import jax
 import numpy as np
@@ -129,6 +130,13 @@ def test_a_step_to_go_on_from(begun):
     state, _, _ = runs.resume(parts, template, DATA, folder, step=5)
     assert state.step == 5
     assert sorted(os.listdir(folder / "checkpoints")) == ["10.aside", "5"]
+
+
+@pytest.mark.parametrize("letter", ["*", "?", "[", "]", "\\"])
+def test_a_path_from_which_orbax_cannot_read_is_refused(tmp_path, letter):
+    with pytest.raises(ConfigError, match=f"a path with {re.escape(letter)}"):
+        runs.claim(tmp_path / f"a{letter}b" / "run")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_another_process_does_not_see(tmp_path):
