@@ -73,7 +73,7 @@ def main():
     parallel.start(
         config.batch_size,
         config.accumulate,
-        args.platform,
+        "cpu" if args.topology else args.platform,
         args.distributed,
         args.cpu_devices,
         args.heartbeat,
