@@ -63,7 +63,8 @@ def for_topology(config, devices, say):
     peaks = (
         f"{speed / 1e12:.0f} TFLOP/s in bfloat16, {bandwidth / 1e9:.0f} GB/s of memory, {link / 1e9:.0f} GB/s of links"
     )
-    say(", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in times.items()) + f" at {kind}'s {peaks}")
+    say(", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in times.items()))
+    say(f"at {kind}'s {peaks}")
 
 
 def collectives(text):
