@@ -1,7 +1,7 @@
 """Your own pictures at 32x32, in colour, on a CPU: --config.data.source=folder:DIR. Some 45 minutes on two cores.
 
-The network puts out v, and the error is measured in it: after so few steps, eps gets the colours of whole pictures wrong
-(docs/results.md). Expected result: it is your data.
+The network puts out v, and the error is measured in it: after so few steps, eps gets the colours of whole pictures
+wrong (docs/results.md). Expected result: it is your data.
 """
 
 from ddpm_jax.config import Config, Data, Diffusion, Model, Train
