@@ -194,8 +194,13 @@ def topology(name):
 
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot read back what is for other chips
     # libtpu looks for a TPU around it, says at length that there is none, and lets in one process at a time.
-    quietly = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
-    for variable, value in (quietly | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}).items():
+    around = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    for variable, value in around.items():
         os.environ.setdefault(variable, value)
     try:
         return topologies.get_topology_desc(name, "tpu").devices

@@ -212,7 +212,7 @@ def make_train_step(
 
 
 def _mean_over_devices(tree, axis):
-    """lax.pmean; several devices of a CPU exchange one vector, which took a small network's step 0.87 times as long."""
+    """lax.pmean; several devices of a CPU exchange one vector, which is faster than leaf by leaf (measured)."""
 
     def as_vector(tree):
         vector, unravel = ravel_pytree(tree)
