@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from ddpm_jax import convolutions
 from ddpm_jax.errors import ConfigError
 
 fan_avg = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
@@ -40,30 +41,9 @@ def convolution(features, size, dtype, stride=1, zero=False, name=None, padding=
     With `double` the pixels are repeated first, (H, W, C) -> (2 H, 2 W, features).
     """
     init = nn.initializers.zeros if zero else fan_avg
-    options = {"conv_general_dilated": _doubled} if double else {}
+    form = convolutions.doubled if double else convolutions.same
+    options = {"conv_general_dilated": form} if size == 3 and stride == 1 else {}
     return nn.Conv(features, (size, size), stride, padding, dtype=dtype, kernel_init=init, name=name, **options)
-
-
-def _doubled(x, kernel, strides, _, dimension_numbers, **options):
-    """The 3x3 SAME convolution of x (1, H, W, C) with each pixel repeated 2x2; the signature is nn.Conv's.
-
-    There every window sees only 2x2 different pixels, with one of four sums of the kernel's rows and columns; these are
-    four convolutions of x itself, with 4/9 of the products.
-    """
-
-    def halves(kernel, axis):
-        first, middle, last = jnp.split(kernel, 3, axis)
-        return jnp.concatenate([first, middle + last], axis), jnp.concatenate([first + middle, last], axis)
-
-    def part(kernel, i, j):
-        padding = [(1 - i, i), (1 - j, j)]
-        return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=dimension_numbers)
-
-    rows = [
-        jnp.stack([part(k, i, j) for j, k in enumerate(halves(row, 1))], 3) for i, row in enumerate(halves(kernel, 0))
-    ]
-    _, height, width, _ = x.shape
-    return jnp.stack(rows, 2).reshape(1, 2 * height, 2 * width, -1)
 
 
 def dense(features, dtype, zero=False, name=None):
