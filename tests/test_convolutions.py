@@ -67,6 +67,7 @@ def both():
                 "of each image": jax.vmap(jax.grad(lambda k, x, y: jnp.vdot(form(x[None], k)[0], y)), (None, 0, 0))(
                     kernel, x, y
                 ),
+                "of several outputs": jax.vmap(jax.vjp(form, x, kernel)[1])(jnp.stack([y, -2 * y])),
                 "of several kernels": jax.vmap(form, (None, 0))(x, jnp.stack([kernel, dk])),
                 "second": jax.grad(size_of_gradients, (0, 1))(x, kernel),
             }
@@ -75,7 +76,9 @@ def both():
     return all_of(convolutions.same), all_of(convolutions.direct)
 
 
-@pytest.mark.parametrize("what", ["value", "gradients", "along", "of each image", "of several kernels", "second"])
+@pytest.mark.parametrize(
+    "what", ["value", "gradients", "along", "of each image", "of several outputs", "of several kernels", "second"]
+)
 def test_every_derivative_is_that_of_xlas_convolution(both, what):
     ours, theirs = (jax.tree.leaves(side[what]) for side in both)
     for mine, other in zip(ours, theirs, strict=True):
