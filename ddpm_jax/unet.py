@@ -35,15 +35,15 @@ def time_embedding(t, channels, scale=1.0, shift=1, cos_first=False):
     return jnp.pad(jnp.concatenate(waves), (0, channels % 2))
 
 
-def convolution(features, size, dtype, stride=1, zero=False, name=None, padding="SAME", double=False):
-    """A convolution (H, W, C) -> (H / stride, W / stride, features); every one of the network is made here.
+def convolution(features, dtype, stride=1, zero=False, name=None, padding="SAME", double=False):
+    """A 3x3 convolution (H, W, C) -> (H / stride, W / stride, features); every one of the network is made here.
 
     With `double` the pixels are repeated first, (H, W, C) -> (2 H, 2 W, features).
     """
     init = nn.initializers.zeros if zero else fan_avg
     form = convolutions.doubled if double else convolutions.same
-    options = {"conv_general_dilated": form} if size == 3 and stride == 1 else {}
-    return nn.Conv(features, (size, size), stride, padding, dtype=dtype, kernel_init=init, name=name, **options)
+    options = {"conv_general_dilated": form} if stride == 1 else {}
+    return nn.Conv(features, (3, 3), stride, padding, dtype=dtype, kernel_init=init, name=name, **options)
 
 
 def dense(features, dtype, zero=False, name=None):
@@ -96,7 +96,7 @@ class ResBlock(nn.Module):
     @nn.compact
     def __call__(self, x, embedding):
         h = nn.swish(group_norm(self.groups, x.shape[-1], "norm_1", self.name, self.epsilon)(x))
-        h = convolution(self.features, 3, self.dtype, name="conv_1")(h)
+        h = convolution(self.features, self.dtype, name="conv_1")(h)
         embedding = dense(self.features * (1 + self.scale_shift), self.dtype, name="time")(nn.swish(embedding))
         norm = group_norm(self.groups, self.features, "norm_2", self.name, self.epsilon)
         if self.scale_shift:
@@ -105,7 +105,7 @@ class ResBlock(nn.Module):
         else:
             h = norm(h + embedding)
         h = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(nn.swish(h))
-        h = convolution(self.features, 3, self.dtype, zero=True, name="conv_2")(h)
+        h = convolution(self.features, self.dtype, zero=True, name="conv_2")(h)
         if x.shape[-1] != self.features:
             x = dense(self.features, self.dtype, name="shortcut")(x)
         return x + h
@@ -182,7 +182,7 @@ class UNet(nn.Module):
             embedding += nn.Embed(self.num_classes + 1, 4 * self.channels, dtype=self.dtype, name="label")(label)
 
         widths = [self.channels * m for m in self.multipliers]
-        h = convolution(self.channels, 3, self.dtype, name="conv_in")(x)
+        h = convolution(self.channels, self.dtype, name="conv_in")(x)
         skips = [h]
         for level, width in enumerate(widths):
             for i in range(self.num_res_blocks):
@@ -190,7 +190,7 @@ class UNet(nn.Module):
                 skips.append(h)
             if level < len(widths) - 1:
                 padding = 1 if self.symmetric_halving else "SAME"
-                h = convolution(width, 3, self.dtype, stride=2, name=f"down_{level}_halve", padding=padding)(h)
+                h = convolution(width, self.dtype, stride=2, name=f"down_{level}_halve", padding=padding)(h)
                 skips.append(h)
 
         h = block(h, widths[-1], "middle_block_0")
@@ -202,10 +202,10 @@ class UNet(nn.Module):
                 h = jnp.concatenate([h, skips.pop()], -1)
                 h = attend(block(h, width, f"up_{level}_block_{i}"), f"up_{level}_attention_{i}")
             if level:
-                h = convolution(width, 3, self.dtype, name=f"up_{level}_double", double=True)(h)
+                h = convolution(width, self.dtype, name=f"up_{level}_double", double=True)(h)
 
         h = nn.swish(group_norm(self.groups, h.shape[-1], "norm_out", epsilon=self.norm_eps)(h))
-        return convolution(self.out_channels, 3, jnp.float32, zero=True, name="conv_out")(h)
+        return convolution(self.out_channels, jnp.float32, zero=True, name="conv_out")(h)
 
 
 def make_unet(shape, learned_variance=False, self_conditioning=False, time_scale=1.0, **options):

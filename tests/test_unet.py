@@ -71,7 +71,7 @@ def test_attention_is_softmax_of_scaled_products():
 
 def test_strided_convolution_pads_below_and_right():
     """TF's SAME for an even side: output (i, j) is centred on input (2i + 1, 2j + 1)."""
-    layer = unet.convolution(1, 3, jnp.float32, stride=2)
+    layer = unet.convolution(1, jnp.float32, stride=2)
     kernel = np.zeros((3, 3, 1, 1), np.float32)
     kernel[1, 1] = 1
     x = np.arange(36.0, dtype=np.float32).reshape(6, 6, 1)
@@ -82,7 +82,7 @@ def test_strided_convolution_pads_below_and_right():
 def test_doubling_is_the_convolution_of_repeated_pixels():
     """The products written out in float64; every place of the result, so edges and corners too."""
     x = np.random.default_rng(0).normal(size=(3, 5, 2))
-    layer = unet.convolution(4, 3, jnp.float32, double=True)
+    layer = unet.convolution(4, jnp.float32, double=True)
     params = random_params(lambda key: layer.init(key, jnp.asarray(x, jnp.float32))["params"])
     found = layer.apply({"params": params}, jnp.asarray(x, jnp.float32))
 
