@@ -20,7 +20,7 @@ from plotted import EVALUATION, ODD, STEPS, metrics
 
 from ddpm_jax import errors, images, options
 from ddpm_jax.commands import COMMANDS, evaluate, sample, train
-from ddpm_jax.config import load, to_json
+from ddpm_jax.config import Config, load, to_json
 from ddpm_jax.plots import __main__ as plots
 from ddpm_jax.plots import album, figures, records, report, strips
 from ddpm_jax.reports import progress
@@ -225,7 +225,7 @@ def test_the_commands_of_the_page_repeat_the_run_and_its_last_grid(whole, drawn,
     folder, parts, params, _ = bare
     parts = parts._replace(config=options.replace(parts.config, {"train.seed": 4}))
     (folder / "config.json").write_text(to_json(parts.config))
-    *lines, plotted = map(shlex.split, report.commands(folder, 5, parts.config))
+    *lines, plotted = map(shlex.split, report.commands(folder, 5, 0, parts.config))
     assert [line[:4] for line in lines] == [["python", "-m", "ddpm_jax", name] for name in COMMANDS]
     again, grid, judged = (line[4:] for line in lines)
     args = options.parse(train.Args, again, "train.py", "", load)
@@ -241,6 +241,15 @@ def test_the_commands_of_the_page_repeat_the_run_and_its_last_grid(whole, drawn,
     for name in ("denoising.png", "previews.png"):
         strip = np.asarray(Image.open(whole / "plots" / name))
         np.testing.assert_allclose(strip[: len(samples), -4 - samples.shape[1] : -4, :1], samples, atol=1)
+
+
+def test_the_commands_of_a_member_of_an_ensemble():
+    config = options.replace(Config(), {"train.ensemble": 3})
+    again, *others = map(shlex.split, report.commands(Path("runs/three"), 5, 2, config))
+    options.parse(train.Args, again[4:], "train.py", "")  # of all members
+    for script, words in zip((sample, evaluate), others[:2], strict=True):
+        assert options.parse(script.Args, words[4:], "", "").member == 2
+    assert "--member=2" in others[2]
 
 
 def test_the_folder_of_a_step_and_other_weights(broken, call):

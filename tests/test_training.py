@@ -35,6 +35,22 @@ def test_micro_batches_in_a_loop_give_the_mean():
     assert found["m"] == pytest.approx(11.0)
 
 
+def test_micro_batches_bound_the_memory():
+    """Of what the backward pass needs of 8 layers, those of one part in eight are there at a time."""
+
+    def deep(w, x):
+        for _ in range(8):
+            x = jnp.tanh(x @ w)
+        return jnp.mean(x)
+
+    def used(parts):
+        mean = jax.jit(lambda w, x: training._mean_over_parts(jax.value_and_grad(deep), parts, w, x))
+        compiled = mean.lower(jnp.ones((16, 16)), jnp.ones((4096, 16))).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert used(8) < used(1) / 4
+
+
 def test_gradient_is_that_of_the_mean_over_images():
     """d/dw of the mean of (w - m_i)^2 / 2 is w - mean(m_i), where m_i is an image's mean in [-1, 1]."""
     batch = batch_of(8)

@@ -204,6 +204,7 @@ def train(parts, dataset, fingerprint, workdir, asked, say, step=None, allowed=(
                 warnings.warn(f"{failure}; {told}", stacklevel=2)
             else:
                 parallel.together(lambda: parallel.is_first() and runs.record(workdir, parts.config))
+                say("compiling the training step")
             entries = fixed | {"rollbacks": rollbacks, "branch": branch}
             run = Run(parts, made, workdir, entries, write_grid, evaluate, asked, feed, say, project, span)
             try:

@@ -75,11 +75,11 @@ def main():
     pages = {}
     if args.report:
         parameters = experiment.parameter_count(parts)
-        pages["report.html"] = report.page(run, step, parts.config, parameters, plots, starts, evaluation)
+        pages["report.html"] = report.page(run, step, args.member, parts.config, parameters, plots, starts, evaluation)
     if args.card:
         data = checkpoint.load(run / "checkpoints", [])[0].get("data")
         grid = max(records.grid_files(run / "samples", args.member), default=None)
-        pages["card.md"] = card.text(run, step, parts, data, grid, metrics, starts, evaluation)
+        pages["card.md"] = card.text(run, step, args.member, parts, data, grid, metrics, starts, evaluation)
     for name, text in pages.items():
         with errors.writing(f"--out={beside}"):
             write_atomic(beside / name, text.encode())

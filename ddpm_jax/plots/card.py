@@ -24,14 +24,14 @@ not bias, not fitness for any use. Samples can resemble training images; `evalua
 often. The licence of the data, which is not known here, governs what may be done with the model and its samples too."""
 
 
-def text(run, step, parts, data, grid, metrics, starts, evaluation):
-    """The card of a run's folder at `step`; parts: its Experiment, data: fingerprint, grid: (step, path) of the last.
+def text(run, step, member, parts, data, grid, metrics, starts, evaluation):
+    """The card of a run's folder (its `member`) at `step`; parts: its Experiment, data: fingerprint.
 
-    The others are what records.py reads; each may be None. No path of this machine is in it: of one that begins with /
-    or ~ only the last name is left, and such a folder of a run is spelled runs/NAME.
+    grid: (step, path) of the last. The others are what records.py reads; each may be None. No path of this machine is
+    in it: of one that begins with / or ~ only the last name is left, and such a folder of a run is spelled runs/NAME.
     """
     folder = Path("runs", report.name(run)) if run.is_absolute() else run
-    train, sample, evaluate, _ = report.commands(folder, step, parts.config)
+    train, sample, evaluate, _ = report.commands(folder, step, member, parts.config)
     picture = f"![Samples at step {grid[0]:,}](samples/{grid[1].name})" if grid else "There is no grid of samples yet."
     blocks = [FRONT, f"# {_escaped(report.name(run))}", picture, _model(parts, step)]
     blocks += ["## How to sample", "`--workdir` is the folder of this run:", _code(sample)]

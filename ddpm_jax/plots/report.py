@@ -48,25 +48,32 @@ $body
 """)
 
 
-def page(run, step, config, parameters, plots, starts, evaluation):
-    """The HTML of a run's folder at `step`; starts: run.json, evaluation: evaluation.json, each None without."""
+def page(run, step, member, config, parameters, plots, starts, evaluation):
+    """The HTML of a run's folder (its `member`) at `step`; starts: run.json, evaluation: evaluation.json, or None."""
     body = [f"<p>{escape(_summary(step, config, parameters))}</p>"]
     for section in SECTIONS:
         body += [f"<h2>{section}</h2>", *(_figure(plot) for plot in plots if plot.section == section)]
-    body.append(_evaluation(evaluation, run))
+    again = commands(run, step, member, config)
+    body.append(_evaluation(evaluation, again[2]))
     body += ["<h2>Config</h2>", *_config(config), "<h2>Environment</h2>", *_starts(starts)]
-    body += ["<h2>Again</h2>", _code("\n".join(commands(run, step, config)))]
+    body += ["<h2>Again</h2>", _code("\n".join(again))]
     return PAGE.substitute(title=escape(name(run)), body="\n".join(body))
 
 
-def commands(run, step, config):
-    """The command lines that repeat a run, its last grid, its evaluation, and its plots."""
+def commands(run, step, member, config):
+    """The command lines that repeat a run, its last grid, its evaluation, and its plots.
+
+    Of an ensemble they are of one `member`, whose config this is; its training is that of all.
+    """
+    which = [f"--member={member}"] if member else []
     train = config.train
     again = ["train", f"--config={run / 'config.json'}", f"--workdir=runs/{name(run)}-again"]
     grid = [f"--num={train.sample_num}", f"--seed={train.seed}", f"--sampler={train.sampler}"]
-    grid = ["sample", f"--workdir={run}", f"--step={step}", *grid, f"--steps={train.sample_steps}"]
-    lines = [[*spelled(command).split(), *words] for command, *words in (again, grid, ["evaluate", f"--workdir={run}"])]
-    return [shlex.join(["python", *words]) for words in (*lines, ["-m", "ddpm_jax.plots", str(run), "--report"])]
+    grid = ["sample", f"--workdir={run}", f"--step={step}", *which, *grid, f"--steps={train.sample_steps}"]
+    scripts = again, grid, ["evaluate", f"--workdir={run}", *which]
+    lines = [[*spelled(command).split(), *words] for command, *words in scripts]
+    lines.append(["-m", "ddpm_jax.plots", str(run), *which, "--report"])
+    return [shlex.join(["python", *words]) for words in lines]
 
 
 def name(run):
@@ -101,9 +108,9 @@ def _inline(plot):
     return text.replace("<svg", f'<svg role="img" aria-label="{escape(plot.words)}"', 1)
 
 
-def _evaluation(report, run):
+def _evaluation(report, command):
     if report is None:
-        return f'<p class="note">Not evaluated yet: python {spelled("evaluate")} --workdir={escape(str(run))}</p>'
+        return f'<p class="note">Not evaluated yet: {escape(command)}</p>'
     rows = [(metric, value, flat(own | settings)) for metric, value, own, settings in measured(report)]
     return _table(("metric", "value", "with"), [*rows, ("all of them", "", flat(of_all(report)))])
 

@@ -5,7 +5,7 @@ import warnings
 import jax
 import numpy as np
 
-from ddpm_jax import errors, features, images, parallel, program
+from ddpm_jax import errors, experiment, features, images, parallel, program
 from ddpm_jax.reports import samples
 
 
@@ -17,10 +17,10 @@ def make_grid_writer(parts, workdir, feed):
     config = parts.config.train
     draw = program.make_draw(parts, config.sampler, config.sample_steps)
 
-    def write(params, file):
+    def write(params, seed, file):
         batches = []
         with parallel.memory_for("try a smaller train.sample_num"):
-            for batch in draw(params, config.sample_num, config.seed):
+            for batch in draw(params, config.sample_num, seed):
                 batches.append(batch[:, -1])
                 feed()
         picture = images.grid(np.concatenate(batches))
@@ -37,7 +37,8 @@ def make_grid_writer(parts, workdir, feed):
                 mark, own = "", params
                 if config.ensemble > 1:
                     mark, own = f"_member_{i}", jax.tree.map(lambda x, i=i: x[i], params)
-                pictures[f"samples{mark}"] = write(own, f"step_{step:09}{mark}.png")
+                seed = experiment.member(parts, i).config.train.seed
+                pictures[f"samples{mark}"] = write(own, seed, f"step_{step:09}{mark}.png")
         except (OSError, errors.UserError) as error:
             warnings.warn(f"there is no grid of samples at step {step}: {error}", stacklevel=2)
         return pictures
