@@ -162,13 +162,19 @@ def replace(value, changes):
 
 
 def nearest(name, known):
-    """The one of `known` that is nearly `name`, by its last part or its initials (lr), in a list; or an empty list."""
-    last = name.split(".")[-1].replace("-", "_")
-    ends = {full.split(".")[-1]: full for full in known}
-    shortest_last = sorted((end for end in ends if end[0] == last[:1]), key=len, reverse=True)
-    initials = {"".join(word[:1] for word in end.split("_")): ends[end] for end in shortest_last}
-    near = difflib.get_close_matches(last, ends, 1, 0.75) or difflib.get_close_matches(last, initials, 1, 0.75)
-    return [(initials | ends)[end] for end in near]
+    """The one of `known` that is nearly `name`, by its last part or its initials (lr), in a list; or an empty list.
+
+    One of the same section goes before all others.
+    """
+    section, _, last = name.replace("-", "_").rpartition(".")
+    for names in ([full for full in known if full.rpartition(".")[0] == section], known):
+        ends = {full.split(".")[-1]: full for full in names}
+        shortest_last = sorted((end for end in ends if end[0] == last[:1]), key=len, reverse=True)
+        initials = {"".join(word[:1] for word in end.split("_")): ends[end] for end in shortest_last}
+        near = difflib.get_close_matches(last, ends, 1, 0.75) or difflib.get_close_matches(last, initials, 1, 0.75)
+        if near:
+            return [(initials | ends)[near[0]]]
+    return []
 
 
 class _Parser(argparse.ArgumentParser):

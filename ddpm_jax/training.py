@@ -235,14 +235,14 @@ def steps_of_members(train_step, axis="batch"):
         step = jax.vmap(train_step, (None, 0, *[None] * len(others)), None, axis_name=axis)
         return step(state, jax.tree.map(lambda x: x[None], batch), *others)
 
-    def member(args):
-        return several_steps(alone)(*args)
+    member = several_steps(alone)
+
+    def one_after_another(*args):
+        each = [member(*jax.tree.map(lambda x, i=i: x[i], args)) for i in range(len(args[-1]))]
+        return jax.tree.map(lambda *x: jnp.stack(x), *each)
 
     def steps(*args):
-        if jax.default_backend() != "cpu":
-            return jax.vmap(member)(args)
-        each = [member(jax.tree.map(lambda x, i=i: x[i], args)) for i in range(len(args[-1]))]
-        return jax.tree.map(lambda *x: jnp.stack(x), *each)
+        return lax.platform_dependent(*args, cpu=one_after_another, default=jax.vmap(member))
 
     return steps
 
@@ -259,8 +259,16 @@ def several_steps(train_step):
 def _loop(body, carry, parts):
     """lax.scan; but XLA on CPU runs the gradient of a convolution about 20 times slower inside a loop (measured), so
     that there, and for a single part, the body is written out once for each."""
-    alone = len(jax.tree.leaves(parts)[0]) == 1
-    return lax.scan(body, carry, parts, unroll=0 if alone or jax.default_backend() == "cpu" else 1)
+
+    def loop(carry, parts):
+        return lax.scan(body, carry, parts)
+
+    def written_out(carry, parts):
+        return lax.scan(body, carry, parts, unroll=0)
+
+    if len(jax.tree.leaves(parts)[0]) == 1:
+        return written_out(carry, parts)
+    return lax.platform_dependent(carry, parts, cpu=written_out, default=loop)
 
 
 def _mean_over_parts(function, parts, params, *args):

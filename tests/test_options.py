@@ -82,6 +82,7 @@ def assert_refused(argv, fragment):
     [
         (["--config.train.lrr=3"], "unknown option --config.train.lrr; did you mean --config.train.learning_rate?"),
         (["--config.train.step=3"], "--config.train.step; did you mean --config.train.steps?"),
+        (["--config.train.stepz=3"], "--config.train.stepz; did you mean --config.train.steps?"),  # and not --step
         (["--config.train.learning_rat", "3"], "did you mean --config.train.learning_rate?"),
         (["--config.trian.batch-size=3"], "did you mean --config.train.batch_size?"),
         (["--train.steps=3"], "did you mean --config.train.steps?"),

@@ -245,11 +245,10 @@ def test_the_commands_of_the_page_repeat_the_run_and_its_last_grid(whole, drawn,
 
 def test_the_commands_of_a_member_of_an_ensemble():
     config = options.replace(Config(), {"train.ensemble": 3})
-    again, *others = map(shlex.split, report.commands(Path("runs/three"), 5, 2, config))
-    options.parse(train.Args, again[4:], "train.py", "")  # of all members
-    for script, words in zip((sample, evaluate), others[:2], strict=True):
-        assert options.parse(script.Args, words[4:], "", "").member == 2
-    assert "--member=2" in others[2]
+    again, grid, judged, plotted = map(shlex.split, report.commands(Path("runs/three"), 5, 2, config))
+    assert "--member=2" not in again  # the training is that of all of them
+    for script, words in ((sample, grid[4:]), (evaluate, judged[4:]), (plots, ["--workdir=", *plotted[4:]])):
+        assert options.parse(script.Args, words, "", "").member == 2
 
 
 def test_the_folder_of_a_step_and_other_weights(broken, call):
