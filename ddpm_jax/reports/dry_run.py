@@ -43,7 +43,10 @@ def for_topology(config, devices, say):
     # With more effort the compiler searches for minutes for the best shape of each convolution.
     step, less = parallel.pmap_step(train_step, devices), {"exec_time_optimization_effort": -1.0}
     compiled = _compile(step, state, batch, root, say, less)
-    flops, moved = (compiled.cost_analysis()[name] for name in ("flops", "bytes accessed"))
+    held, once = compiled.memory_analysis(), compiled.cost_analysis()
+    # XLA counts the loop over micro-batches once; around it is the update, which reads and writes the state.
+    turns, update = config.train.accumulate, 2 * held.argument_size_in_bytes
+    flops, moved = turns * once["flops"], update + turns * (once["bytes accessed"] - update)
     say(f"{flops / 1e9:,.1f} GFLOP and {moved / 1e9:,.2f} GB to and from memory a step on each chip")
     exchanged = collectives(compiled.as_text())
     for name, (number, size) in exchanged.items():
@@ -53,7 +56,6 @@ def for_topology(config, devices, say):
         say(f"{kind}: no peak figures are known here, so there is no estimate")
         return
     speed, memory, bandwidth, link = PEAKS[kind]
-    held = compiled.memory_analysis()
     share = (held.argument_size_in_bytes + held.temp_size_in_bytes) / memory
     say(f"{share:.1%} of a chip's {memory / 1e9:.0f} GB of memory")
     ring = 2 * (len(devices) - 1) / len(devices) * sum(size for _, size in exchanged.values())
