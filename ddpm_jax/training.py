@@ -281,6 +281,7 @@ def _mean_over_parts(function, parts, params, *args):
         return function(params, *args)
 
     def body(total, part):
+        # Zero; or NaN, where the total is not finite, and then neither is the mean.
         done = 0 * sum(x.ravel()[0] for x in jax.tree.leaves(total))
         part = jax.tree.map(lambda x: x + done if jnp.issubdtype(x.dtype, jnp.floating) else x, part)
         return jax.tree.map(jnp.add, total, function(params, *part)), None
