@@ -14,6 +14,8 @@ import dataclasses
 import itertools
 import json
 import logging
+import os
+import re
 import shutil
 import sys
 import warnings
@@ -27,7 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization
 
-from ddpm_jax import __version__, options, parallel, trees
+from ddpm_jax import YNN_FLAG, __version__, options, parallel, trees
 from ddpm_jax.errors import CheckpointError, Diverged, UserError, run, writing
 from ddpm_jax.files import lock
 from ddpm_jax.log import without_warnings_of_absl
@@ -341,6 +343,9 @@ def versions() -> dict[str, str]:
     """The versions and settings on which the bits of a run depend."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     flags = {name: str(getattr(jax.config, name)) for name in ("jax_default_prng_impl", "jax_threefry_partitionable")}
+    fusions = re.search(rf"{YNN_FLAG}=(\S*)", os.environ.get("XLA_FLAGS", ""))
+    if fusions:  # without it, XLA's default of that version
+        flags[YNN_FLAG.lstrip("-")] = fusions[1]
     return {"ddpm_jax": __version__} | {name: metadata.version(name) for name in names} | flags
 
 

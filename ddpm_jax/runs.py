@@ -153,7 +153,7 @@ def resume(parts, template, data, workdir, step=None, allowed=()):
         lines.append(f"going on with images of another size: {meta['shape']} is now {list(parts.shape)}")
     then = meta["versions"] | {"devices": meta["devices"]}
     now = checkpoint.versions() | {"devices": parallel.describe()}
-    changed = [f"{name} {then.get(name)} is now {now[name]}" for name in now if then.get(name) != now[name]]
+    changed = trees.differences(then, now, "{} {} is now {}")
     if changed:
         lines.append(f"not bit-exact from here on, only to rounding: {'; '.join(changed)}")
     if parallel.is_first():
