@@ -2,6 +2,8 @@
 
 Published speed: 2.2 steps a second on a TPU v3-8 (appendix B). The data set must be prepared by hand (see TFDS).
 
+Not trained here, nor run on a GPU or TPU.
+
 One thing differs from their code: the average of the parameters warms up (training.ema_rate).
 """
 

@@ -3,6 +3,8 @@
 Published: FID 3.17 against the training set and 3.75 bits/dim (Table 1). A re-run in PyTorch (tqch/ddpm-torch) had the
 training loss .0295 and FID 9.16 after 46,800 steps: a check long before the end.
 
+Not trained here, nor run on a GPU; its step was compiled for a TPU v5e:2x4 (docs/performance.md).
+
 One thing differs from their code: the average of the parameters warms up (training.ema_rate).
 """
 

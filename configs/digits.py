@@ -1,6 +1,7 @@
 """Real handwritten digits, 8x8 gray, inside scikit-learn: nothing to download, minutes on a laptop.
 
-Expected: loss about 0.086 over the last 100 of 2000 steps; samples that read as digits.
+Trained here: 0:02:31 on two CPU cores (jax 0.10.2), loss 0.0857 over the last 100 of 2000 steps; samples that read as
+digits (docs/results.md).
 """
 
 from ddpm_jax.config import Config, Data, Diffusion, Model, Train

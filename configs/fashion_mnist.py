@@ -1,6 +1,6 @@
 """Fashion-MNIST at its own 28x28, gray, 60,000 pieces of clothing. For one GPU.
 
-Expected result: not measured yet.
+Not trained here, nor run on a GPU: what to expect is not known.
 """
 
 from ddpm_jax.config import Config, Data, Diffusion, Model, Train

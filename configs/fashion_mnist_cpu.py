@@ -1,6 +1,7 @@
-"""Fashion-MNIST at its own 28x28, gray, 60,000 pieces of clothing, in about an hour on two CPU cores.
+"""Fashion-MNIST at its own 28x28, gray, 60,000 pieces of clothing, for a CPU.
 
-Expected: loss about 0.042 over the last 100 of 8000 steps; samples that read as clothes (docs/results.md).
+Trained here: 1:06:24 on two CPU cores (jax 0.10.2), loss 0.0418 over the last 100 of 8000 steps; samples that read as
+clothes (docs/results.md).
 """
 
 from ddpm_jax.config import Config, Data, Diffusion, Model, Train

@@ -1,6 +1,7 @@
 """Oxford Flowers 102 at 64x64, the set that many tutorials use. For one GPU.
 
-The test split is the largest (6,149 of 8,189), so all three are trained on. Expected result: not measured yet.
+The test split is the largest (6,149 of 8,189), so all three are trained on.
+Not trained here, nor run on a GPU: what to expect is not known.
 """
 
 from ddpm_jax.config import Config, Data, Diffusion, Model, Train

@@ -1,6 +1,6 @@
 """Your own pictures at 64x64, in colour: --config.data.source=folder:DIR. For one GPU; smaller sizes train faster.
 
-The group norms take any width, so --config.model.channels is free. Expected result: it is your data.
+The group norms take any width, so --config.model.channels is free. Not trained here, nor run on a GPU.
 """
 
 from ddpm_jax.config import Config, Data, Diffusion, Model, Train

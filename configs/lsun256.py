@@ -3,6 +3,8 @@
 Published: FID 6.36. Church (tfds:lsun/church_outdoor) ran for 1.2 million steps, cat (tfds:lsun/cat) for 1.8 million
 and without mirroring.
 
+Not trained here, nor run on a GPU; its step was compiled for a TPU v5e:8x8 (docs/performance.md).
+
 One thing differs from their code: the average of the parameters warms up (training.ema_rate).
 """
 

@@ -1,6 +1,6 @@
 """MNIST at its own 28x28, gray, 60,000 digits. For one GPU; on a CPU take configs/digits.py.
 
-Expected result: not measured yet.
+Not trained here, nor run on a GPU: what to expect is not known.
 """
 
 from ddpm_jax.config import Config, Data, Diffusion, Model, Train

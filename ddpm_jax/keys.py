@@ -1,7 +1,7 @@
 """Random keys by name, so that every draw is a function of (seed, name, step, index of the image).
 
-No key is split, carried or saved: a resumed run makes the same draws, and image i of a seed is the same picture
-in any batch and on any number of devices.
+No key is split, carried or saved: a resumed run makes the same draws, and image i of a seed is the same picture in
+any batch and on any number of devices, to one grey level: the noise is the same, and the network rounds differently.
 """
 
 import zlib

@@ -1,5 +1,6 @@
 """Configs in Python, in files and in JSON, and what is said when they are wrong."""
 
+import ast
 import json
 import math
 import pickle
@@ -235,3 +236,17 @@ def test_fault_37_a_pickle_is_no_config_file(tmp_path, monkeypatch):
     assert not Path("canary").exists()
     pickle.loads(Path("mine.py").read_bytes())  # the canary does sing
     assert Path("canary").exists()
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_each_config_says_whether_it_was_trained_here_as_the_pages_do(file):
+    text = " ".join(ast.get_docstring(ast.parse(file.read_text())).split())
+    status = re.search(rf"\| .*`{file.name}`.*\| (.*) \|\n", (ROOT / "README.md").read_text())[1]
+    if "Not trained here" in text:
+        assert "not trained here" in status
+    else:
+        time, loss = re.search(r"Trained here.* (\d:\d\d:\d\d) on .* (0\.\d{4}) over", text).groups()
+        row = re.search(rf"(?m)^\| .*\| {time} \|.*", (ROOT / "docs/results.md").read_text())[0]
+        assert f"| {loss} " in row
+        assert "trained" in status
+        assert "not trained" not in status

@@ -18,7 +18,7 @@ from PIL import Image
 from ddpm_jax import checkpoint, config, data, errors, experiment, options
 from ddpm_jax.commands import evaluate, sample, train
 from ddpm_jax.plots import __main__ as plots
-from ddpm_jax.plots import album, card
+from ddpm_jax.plots import album, card, records
 
 pytest.importorskip("matplotlib")
 
@@ -338,3 +338,10 @@ def test_report_and_card_beside_each_other(copy, call, tmp_path):
     assert call(plots, copy, "--curves", "--card", "--report", f"--out={out}")[0] == 0
     assert {"card.md", "report.html", "loss.svg"} <= {path.name for path in out.iterdir()}
     assert not (copy / "card.md").exists()
+
+
+def test_a_revision_with_uncommitted_changes_is_told_in_words(tmp_path):
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps([{**START, "time": TIMES[0], "git": git} for git in ("0ff1ce-dirty", "0ff1ce", None)]))
+    told = [start["git"] for start in records.starts(file)]
+    assert told == ["0ff1ce with uncommitted changes", "0ff1ce", None]

@@ -34,8 +34,12 @@ def metrics(path):
 
 
 def starts(path):
-    """What run.json tells of each start of a run."""
-    return _document(path, lambda starts: [(start["time"] + "", " ".join(start["argv"])) for start in starts])
+    """What run.json tells of each start of a run; the mark that git puts on a revision becomes words."""
+    found = _document(path, lambda starts: [(start["time"] + "", " ".join(start["argv"])) for start in starts])
+    for start in found or ():
+        if start.get("git"):
+            start["git"] = re.sub("-dirty$", " with uncommitted changes", str(start["git"]))
+    return found
 
 
 def evaluation(path):
