@@ -16,4 +16,5 @@ def named(key: jax.Array, name: str) -> jax.Array:
 
 def root(seed: int, name: str) -> jax.Array:
     """The key from which everything called `name` ("init", "train", "sample") is drawn in a run."""
-    return named(jax.random.key(seed), name)
+    # Threefry also where JAX_DEFAULT_PRNG_IMPL says rbg, under which all images of a vmap are drawn from the first key.
+    return named(jax.random.key(seed, impl="threefry2x32"), name)
