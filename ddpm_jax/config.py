@@ -30,7 +30,10 @@ from ddpm_jax.options import (
 @dataclasses.dataclass(frozen=True)
 class Data(Section):
     source: str = option("tfds:cifar10", "digits, tfds:NAME, folder:DIR or npz:FILE")
-    split: str = option("train", "split of a tfds source, in the spelling of TFDS")
+    split: str = option(
+        "train",
+        "split of a tfds source, in the spelling of TFDS; of a folder its subfolder, or all for the whole of it",
+    )
     image_size: tuple[int, ...] = option(
         (),
         "height,width in pixels; one number for a square; empty for the data's own",
@@ -39,6 +42,13 @@ class Data(Section):
     )
     channels: int = option(0, "1 gray, 3 RGB, 0 for the data's own", one_of(0, 1, 3))
     flip: bool = option(False, "mirror images at random, left to right")
+    range: tuple[float, ...] = option(
+        (),
+        "LOW,HIGH: the values of more than 8 bits that become black and white, in all files; 0,65535 when empty",
+        each(finite),
+        ("two rising numbers", lambda v: len(v) in (0, 2) and list(v) == sorted(set(v))),
+    )
+    frames: str = option("first", "of a folder's files with several: first or all", one_of("first", "all"))
     max_unreadable: float = option(
         0.1, "share of a folder's files that may be unreadable", at_least(0), ("at most 1", lambda v: v <= 1)
     )
