@@ -42,6 +42,11 @@ class Data(Section):
     )
     channels: int = option(0, "1 gray, 3 RGB, 0 for the data's own", one_of(0, 1, 3))
     flip: bool = option(False, "mirror images at random, left to right")
+    max_unreadable: float = option(
+        0.1, "share of a folder's files that may be unreadable", at_least(0), ("at most 1", lambda v: v <= 1)
+    )
+    data_dir: str = option("", "folder of prepared TFDS data sets; empty for TFDS's own default")
+    cache_dir: str = option("~/.cache/ddpm_jax", "folder of decoded images")
     range: tuple[float, ...] = option(
         (),
         "LOW,HIGH: the values of more than 8 bits that become black and white, in all files; 0,65535 when empty",
@@ -49,11 +54,6 @@ class Data(Section):
         ("two rising numbers", lambda v: len(v) in (0, 2) and list(v) == sorted(set(v))),
     )
     frames: str = option("first", "of a folder's files with several: first or all", one_of("first", "all"))
-    max_unreadable: float = option(
-        0.1, "share of a folder's files that may be unreadable", at_least(0), ("at most 1", lambda v: v <= 1)
-    )
-    data_dir: str = option("", "folder of prepared TFDS data sets; empty for TFDS's own default")
-    cache_dir: str = option("~/.cache/ddpm_jax", "folder of decoded images")
 
 
 @dataclasses.dataclass(frozen=True)

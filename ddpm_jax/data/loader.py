@@ -35,7 +35,7 @@ def fingerprint(dataset: Dataset) -> str:
 
 def in_order(dataset: Dataset, classes: Sequence[str]) -> Dataset:
     """The Dataset with its labels counted in the order of `classes`; as it is where its classes have other names."""
-    if sorted(classes) != sorted(dataset.classes) or dataset.labels is None:
+    if not classes or sorted(classes) != sorted(dataset.classes) or dataset.labels is None:
         return dataset
     place = {name: i for i, name in enumerate(classes)}
     labels = np.array([place[name] for name in dataset.classes], np.int32)[dataset.labels]
