@@ -30,7 +30,10 @@ from ddpm_jax.options import (
 @dataclasses.dataclass(frozen=True)
 class Data(Section):
     source: str = option("tfds:cifar10", "digits, tfds:NAME, folder:DIR or npz:FILE")
-    split: str = option("train", "split of a tfds source, in the spelling of TFDS")
+    split: str = option(
+        "train",
+        "split of a tfds source, in the spelling of TFDS; of a folder its subfolder, or all for the whole of it",
+    )
     image_size: tuple[int, ...] = option(
         (),
         "height,width in pixels; one number for a square; empty for the data's own",
@@ -44,6 +47,13 @@ class Data(Section):
     )
     data_dir: str = option("", "folder of prepared TFDS data sets; empty for TFDS's own default")
     cache_dir: str = option("~/.cache/ddpm_jax", "folder of decoded images")
+    range: tuple[float, ...] = option(
+        (),
+        "LOW,HIGH: the values of more than 8 bits that become black and white, in all files; 0,65535 when empty",
+        each(finite),
+        ("two rising numbers", lambda v: len(v) in (0, 2) and list(v) == sorted(set(v))),
+    )
+    frames: str = option("first", "of a folder's files with several: first or all", one_of("first", "all"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """From a Config to the parts of a run. Only this file, runs.py, reports and the scripts see a Config."""
 
+import difflib
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +24,9 @@ from ddpm_jax import (
     unet,
 )
 from ddpm_jax.config import Config, from_json
-from ddpm_jax.data import Dataset
+from ddpm_jax.data import Dataset, in_order
 from ddpm_jax.errors import CheckpointError, ConfigError
+from ddpm_jax.log import note
 from ddpm_jax.options import replace
 from ddpm_jax.schedules.report import warn_of_signal
 
@@ -35,6 +38,8 @@ class Experiment(NamedTuple):
     parameterization: diffusion.Parameterization
     init: Callable  # key -> params
     net: Callable  # the bare network
+    classes: tuple[str, ...] | None = None  # the names of the labels from 0 on; None where none are kept
+    data: str | None = None  # the fingerprint of the data that it was trained on, where that is known
 
 
 def make(config: Config, shape: Sequence[int]) -> Experiment:
@@ -130,6 +135,8 @@ def restore(workdir: Path, weights: str, step: int | None = None, which: int = 0
     def expect(meta):
         nonlocal parts
         parts = make(from_json(json.dumps(meta["config"]), f"{folder}, meta"), meta["shape"])
+        classes = meta.get("classes")
+        parts = parts._replace(data=meta.get("data"), classes=None if classes is None else tuple(classes))
         members = parts.config.train.ensemble
         if which >= members:
             raise ConfigError(f"--member={which}, but {workdir} has {members} (0 to {members - 1})")
@@ -168,13 +175,56 @@ def parameter_count(experiment: Experiment) -> int:
 def with_labels(dataset: Dataset, num_classes: int) -> Dataset:
     """The data set with labels if the model has classes, and without if not."""
     if not num_classes:
-        return dataset._replace(labels=None)
+        return dataset._replace(labels=None, classes=())
     if dataset.labels is None:
         raise ConfigError(f"model.num_classes={num_classes}, but the data have no labels; set it to 0")
     if dataset.labels.max() >= num_classes or dataset.labels.min() < 0:
         low, high = dataset.labels.min(), dataset.labels.max()
         raise ConfigError(f"model.num_classes={num_classes}, but labels run from {low} to {high}")
     return dataset
+
+
+def as_trained(dataset: Dataset, source: str, data: str | None, classes: Sequence[str] | None) -> Dataset:
+    """The Dataset of a data.source with its labels counted as in a run with that fingerprint and those class names.
+
+    A run from before the names were kept has those of a folder in byte order.
+    """
+    if classes is None and data and source.startswith("folder:"):
+        classes = sorted(dataset.classes, key=os.fsencode)
+    found = in_order(dataset, classes or ())
+    if found.classes != dataset.classes:
+        note(f"the run counts its labels otherwise: {', '.join(found.classes[:5])}{', ...' * (len(found.classes) > 5)}")
+    return found
+
+
+def find_label(experiment: Experiment, wanted: str) -> int:
+    """The label that is meant by a number or by the name of a class, also spelled name:NAME.
+
+    Raises ConfigError for none, and for a number that is the name of another class.
+    """
+    count, names = experiment.config.model.num_classes, list(experiment.classes or ())
+    if not count:
+        raise ConfigError(f"label={wanted}, but the model has no labels")
+    name = wanted.removeprefix("name:")
+    named = names.index(name) if name in names else None
+    if name != wanted or not re.fullmatch("[+-]?[0-9]{1,9}", wanted):
+        if named is None:
+            meant = "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(name, names, 1))
+            known = (
+                f"has the classes {', '.join(names[:10])}{', ...' * (len(names) > 10)}" if names else "keeps no names"
+            )
+            raise ConfigError(f"label={wanted}, but the run {known}; its labels are 0 to {count - 1}{meant}")
+        return named
+    number = int(wanted)
+    if not 0 <= number < count:
+        raise ConfigError(f"label={wanted}, but the model has labels 0 to {count - 1}")
+    if named not in (None, number):
+        other = names[number] if number < len(names) else ""
+        raise ConfigError(
+            f"label={wanted} is the number of class {other!r}, but there is a class of that name, number {named}; "
+            f"say label=name:{other} or label=name:{wanted}"
+        )
+    return number
 
 
 def labels_in_turn(experiment: Experiment, indices: np.ndarray) -> np.ndarray | None:

@@ -17,10 +17,13 @@ from ddpm_jax.errors import CheckpointError, ConfigError, writing
 from ddpm_jax.files import lock, write_atomic
 from ddpm_jax.options import nearest
 
+PLACE = ("data.source", "data.split")  # of pictures or arrays, which may be moved: their fingerprint tells
+
 
 def check(workdir, config, allowed=()):
     """Refuse a folder that holds another experiment; fields in config.MAY_CHANGE and those `allowed` may differ.
 
+    So may the place of pictures or arrays, which `resume` knows by their fingerprint.
     Where all there is is step 0, parameters that were imported, nothing has been trained on any data yet: those of the
     sections data and train may differ too.
     """
@@ -36,11 +39,13 @@ def check(workdir, config, allowed=()):
     open_sections = () if any(steps) else ("data.", "train.")
     if not file.exists():
         raise ConfigError(f"{workdir} has checkpoints but no config.json; take another --workdir")
-    changed = configs.differences(configs.from_json(file.read_text(errors="replace"), str(file)), config)
+    old = configs.from_json(file.read_text(errors="replace"), str(file))
+    movable = all(each.data.source.startswith(("folder:", "npz:")) for each in (old, config))
+    may_differ = {*configs.MAY_CHANGE, *({*PLACE} - {*allowed} if movable else ())}
     changed = [
         (name, f"{name} is {a!r} there, {b!r} here")
-        for name, a, b in changed
-        if name not in configs.MAY_CHANGE and not name.startswith(open_sections)
+        for name, a, b in configs.differences(old, config)
+        if name not in may_differ and not name.startswith(open_sections)
     ]
     refused = {name: text for name, text in changed if name not in allowed}
     if refused:
@@ -141,14 +146,20 @@ def resume(parts, template, data, workdir, step=None, allowed=()):
             "--workdir must be the same folder for all"
         )
     lines = [f"resuming at step {meta['step']:,} from {folder}"]
+    old = configs.from_json(json.dumps(meta["config"]), f"{folder}, meta")
+    moved = [f"{name} was {a}, is now {b}" for name, a, b in configs.differences(old, parts.config) if name in PLACE]
     if meta["data"] not in (None, data):
-        changed = f"the run had {meta['data']}, the data now are {data}"
+        changed = "; ".join([f"the run had {meta['data']}, the data now are {data}", *moved])
         if not any(name.startswith("data.") for name in allowed):
             raise ConfigError(
                 f"{changed}: its batches would be others; put the data back, take another --workdir, or go on with "
                 "other data by --allow-change=data.source"
             )
         lines.append(f"going on with other data: {changed}")
+    elif moved and meta["data"]:
+        lines.append(f"the same data by their fingerprint: {'; '.join(moved)}")
+    if meta.get("classes") and tuple(meta["classes"]) != parts.classes:
+        lines.append(f"the classes were {', '.join(meta['classes'])}, are now {', '.join(parts.classes or ())}")
     if tuple(meta["shape"]) != parts.shape:
         lines.append(f"going on with images of another size: {meta['shape']} is now {list(parts.shape)}")
     then = meta["versions"] | {"devices": meta["devices"]}

@@ -239,10 +239,10 @@ def test_the_network_of_the_howto_learns(howto):
 
 def test_the_data_of_the_howto(howto):
     names, folder = howto
-    images, labels = data.load(f"npz:{folder / 'mine.npz'}")
+    images, labels, _ = data.load(f"npz:{folder / 'mine.npz'}")
     assert images.shape == (100, 32, 32, 3)
     assert labels.tolist() == [*range(10)] * 10
-    images, labels = data.load("stripes:20")
+    images, labels, _ = data.load("stripes:20")
     assert images.shape == (20, 8, 8, 1)
     assert labels[13] == 5
     assert (images[13] == 255).all((0, 2)).tolist() == [False] * 5 + [True] + [False] * 2

@@ -247,7 +247,7 @@ def test_fault_56_a_second_try(album, monkeypatch):
     folder, load_album = album
     for level in range(4):
         paint(folder / f"{level}.png", level)
-    tries, read = [], sources.read
+    tries, read = [], sources.read_frames
 
     def failing(path, *rest):
         tries.append(Path(path).name)
@@ -255,7 +255,7 @@ def test_fault_56_a_second_try(album, monkeypatch):
             raise OSError("Stale file handle")
         return read(path, *rest)
 
-    monkeypatch.setattr(sources, "read", failing)
+    monkeypatch.setattr(sources, "read_frames", failing)
     lasting = None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -273,7 +273,7 @@ def test_fault_56_a_picture_that_can_be_read_by_now(album, monkeypatch):
     folder, load_album = album
     for level in range(4):
         paint(folder / f"{level}.png", level)
-    read = sources.read
+    read = sources.read_frames
 
     def forbidden(path, *rest):
         if path.endswith("2.png"):
@@ -281,7 +281,7 @@ def test_fault_56_a_picture_that_can_be_read_by_now(album, monkeypatch):
         return read(path, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sources, "read", forbidden)
+        patch.setattr(sources, "read_frames", forbidden)
         with pytest.raises(DataError, match=r"1 of 4 .*2\.png .*Permission denied"):
             load_album()
     assert levels(load_album()) == [0, 1, 2, 3]

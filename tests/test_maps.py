@@ -28,7 +28,7 @@ def test_a_folder_is_decoded_once_then_mapped(album, monkeypatch):
     def read(*_):
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr(sources, "read", read)
+    monkeypatch.setattr(sources, "read_frames", read)
     second = load_album()
     assert isinstance(second.images, np.memmap)
     assert levels(first) == levels(second) == [1, 2, 3]
@@ -126,7 +126,7 @@ def test_a_map_without_room(album, tmp_path, monkeypatch):
 def counted(album, monkeypatch):
     """An album of 2,000 equal pictures and the list of those that have been read."""
     folder, _ = album
-    done, read = [], sources.read
+    done, read = [], sources.read_frames
     paint(folder / "0000.png", 7)
     for number in range(1, 2000):
         os.link(folder / "0000.png", folder / f"{number:04}.png")
@@ -135,7 +135,7 @@ def counted(album, monkeypatch):
         done.append(path)
         return read(path, *rest)
 
-    monkeypatch.setattr(sources, "read", counting)
+    monkeypatch.setattr(sources, "read_frames", counting)
     return done
 
 
@@ -160,7 +160,7 @@ def test_decoding_can_be_interrupted(album, counted, monkeypatch):
 def test_few_pictures_wait_in_memory(album, counted, monkeypatch):
     """While the first of them takes its time the others are not all decoded."""
     _, load_album = album
-    counting = sources.read
+    counting = sources.read_frames
 
     def slow(path, *rest):
         found = counting(path, *rest)
@@ -170,7 +170,7 @@ def test_few_pictures_wait_in_memory(album, counted, monkeypatch):
         return found
 
     ahead = []
-    monkeypatch.setattr(sources, "read", slow)
+    monkeypatch.setattr(sources, "read_frames", slow)
     assert levels(load_album()) == [7] * 2000
     assert ahead[0] < 500
 
@@ -183,7 +183,7 @@ import os, sys, time
 from ddpm_jax.data import load, sources
 
 folder, cache, log, go = sys.argv[1:]
-read = sources.read
+read = sources.read_frames
 
 def slow(path, *rest):
     with open(log, "a") as file:
@@ -191,7 +191,7 @@ def slow(path, *rest):
     time.sleep(0.01)
     return read(path, *rest)
 
-sources.read = slow
+sources.read_frames = slow
 print("ready", flush=True)
 while not os.path.exists(go):
     time.sleep(0.001)

@@ -30,7 +30,9 @@ class Args(options.Arguments):
         ("at least one of " + ", ".join(METRICS), len),
     )
     num: int = options.option(1000, "images: the first of the data for nll, ode, mse; samples", options.at_least(1))
-    split: str = options.option("", "split of the data, in the spelling of TFDS; the run's own when empty")
+    data: str = options.option("", "where the run's data lie now, spelled as data.source; where they lay when empty")
+    other_data: bool = options.option(False, "take data that are not those of the run's fingerprint")
+    split: str = options.option("", "split of the data, spelled as data.split; the run's own when empty")
     weights: str = options.option(
         "ema", "averaged or plain parameters, or the length (sigma_rel) of a post-hoc average", options.which_weights
     )
@@ -109,17 +111,21 @@ def on_run(args, workdir, step):
 
     parts, params, step = experiment.restore(workdir, args.weights, step, args.member)
     config, of_run, of_samples = parts.config, asked(args, LIKELIHOOD), asked(args, SAMPLES)
+    if args.data and args.reference and not of_run:
+        raise errors.ConfigError(f"--reference={args.reference} takes the place of --data={args.data}; leave one out")
+    if args.data:
+        config = dataclasses.replace(config, data=elsewhere(config.data, args.data))
     told = {"num": args.num, "split": args.split or config.data.split, "seed": args.seed, "weights": args.weights}
     told |= {"checkpoint_step": step}
     plan, rows, judge = None, None, None
     if of_run:
         settings = args.steps, args.spacing, args.ode_steps, args.decoder, args.divergence
         plan = likelihood.make_plan(parts, of_run, *settings)
-        rows = load_rows(args, parts)
+        rows = load_rows(args, parts, config.data)
     if of_samples:
         steps = args.steps or config.diffusion.T
         draw = program.make_draw(parts, args.sampler, steps, args.spacing)
-        judge = make_judge(args, config.data, args.num, parts.shape)
+        judge = make_judge(args, config.data, args.num, parts.shape, parts)
         drawn = told | {"sampler": args.sampler, "steps": steps, "spacing": args.spacing}
 
     def work(say):
@@ -143,6 +149,8 @@ def on_samples(args):
     if of_run:
         raise errors.ConfigError(f"--samples is a file of images, but {', '.join(of_run)} is measured on a run")
     images = data.load(f"npz:{args.samples}").images
+    if args.data:
+        raise errors.ConfigError(f"--data={args.data} is of a run; what --samples are held against is --reference")
     file, config = Path(args.workdir).expanduser() / "config.json", configs.Data()
     if not args.reference:
         if not file.is_file():
@@ -153,26 +161,49 @@ def on_samples(args):
     return what, lambda say: judge(images, told, say), told | {"num": len(images)}
 
 
-def load(args, config, shape, whose="the run was trained on"):
-    """The Dataset of a config.Data, or of --split of it; ConfigError unless its images have that shape."""
-    from ddpm_jax import data
+def elsewhere(config, source):
+    """The config.Data with another source, and without how the old one is read where the new one is of another kind."""
+    from ddpm_jax.config import Data
 
-    if args.split and config.source.partition(":")[0] not in ("tfds", "digits"):
+    if source.partition(":")[0] == config.source.partition(":")[0]:
+        return dataclasses.replace(config, source=source)
+    return dataclasses.replace(
+        config, source=source, **{name: getattr(Data, name) for name in ("split", "range", "frames")}
+    )
+
+
+def load(args, config, shape, parts=None):
+    """The Dataset of a config.Data, or of --split of it, with its labels if the run of `parts` has classes.
+
+    Raises ConfigError unless its images have that shape, and are those of the run, if there is one and no --split.
+    """
+    from ddpm_jax import data, experiment
+
+    if args.split not in ("", type(config).split) and config.source.startswith("npz:"):
         raise errors.ConfigError(f"--split={args.split}, but data.source={config.source} has no splits")
     dataset = data.load(**vars(dataclasses.replace(config, split=args.split or config.split)))
     if dataset.images.shape[1:] != shape:
         there, here = ("x".join(map(str, shape)) for shape in (dataset.images.shape[1:], shape))
+        whose = "the samples have" if args.samples else "the run was trained on"
         raise errors.ConfigError(f"the data have images of {there}, {whose} {here}")
+    if parts is None:
+        return dataset
+    dataset = experiment.with_labels(dataset, parts.config.model.num_classes)
+    dataset = experiment.as_trained(dataset, config.source, parts.data, parts.classes)
+    found = data.fingerprint(dataset)
+    if parts.data not in (None, found) and not (args.split or args.other_data):
+        raise errors.ConfigError(
+            f"{config.source} has not the data of the run (which had {parts.data}, these are {found}); say by --data "
+            "where those lie now, or --other-data to take these"
+        )
     return dataset
 
 
-def load_rows(args, parts):
+def load_rows(args, parts, config):
     """{"index", "image", "label"?}: the first --num images of the data that the run was trained on, or of --split."""
     import numpy as np
 
-    from ddpm_jax import experiment
-
-    dataset = experiment.with_labels(load(args, parts.config.data, parts.shape), parts.config.model.num_classes)
+    dataset = load(args, config, parts.shape, parts)
     there = len(dataset.images)
     if args.num > there:
         raise errors.ConfigError(f"--num={args.num}, but the data have {there:,} images; take --num={there} or fewer")
@@ -180,8 +211,11 @@ def load_rows(args, parts):
     return rows if dataset.labels is None else rows | {"label": dataset.labels[: args.num].astype(np.int32)}
 
 
-def make_judge(args, config, num, shape):
-    """judge(images, settings, say) -> metrics of `num` samples of that shape, against the images of a config.Data."""
+def make_judge(args, config, num, shape, parts=None):
+    """judge(images, settings, say) -> metrics of `num` samples of that shape, against the images of a config.Data.
+
+    Where there is no --reference, these are to be the data of the run of `parts`.
+    """
     import numpy as np
 
     from ddpm_jax import features
@@ -191,9 +225,9 @@ def make_judge(args, config, num, shape):
     if args.inception and args.features != "inception":
         raise errors.ConfigError(f"--inception goes with --features=inception, not {args.features}")
     if args.reference:
-        config = dataclasses.replace(config, source=args.reference, image_size=tuple(shape[:2]), channels=shape[2])
-    whose = "the samples have" if args.samples else "the run was trained on"
-    images = load(args, config, tuple(shape), whose).images
+        config = elsewhere(config, args.reference)
+        config = dataclasses.replace(config, image_size=tuple(shape[:2]), channels=shape[2])
+    images = load(args, config, tuple(shape), None if args.reference else parts).images
     if args.reference_num > len(images):
         raise errors.ConfigError(f"--reference-num={args.reference_num}, but the data have {len(images):,} images")
     if args.reference_num:

@@ -32,7 +32,7 @@ class Args(options.Arguments):
         "ema", "averaged or plain parameters, or the length (sigma_rel) of a post-hoc average", options.which_weights
     )
     member: int = options.option(0, "of an ensemble, the run to take", options.at_least(0))
-    label: int | None = options.option(None, "class of all images; without it each class in turn")
+    label: str | None = options.option(None, "class of all images, a number or a name; without it each in turn")
     guidance: float = options.option(1.0, "scale of classifier-free guidance; 1 for none", options.finite)
     interval: tuple[float, ...] = options.option((), "LOW,HIGH: the times with guidance; empty for all", PAIR)
     interpolate: tuple[str, ...] = options.option((), "two pictures, to be joined by --num images", PAIR)
@@ -131,11 +131,7 @@ def choose_labels(label, parts, indices):
 
     if label is None:
         return experiment.labels_in_turn(parts, indices)
-    classes = parts.config.model.num_classes
-    if not 0 <= label < classes:
-        what = f"labels 0 to {classes - 1}" if classes else "no labels"
-        raise errors.ConfigError(f"label={label}, but the model has {what}")
-    return indices * 0 + label
+    return indices * 0 + experiment.find_label(parts, label)
 
 
 def choose_edit(args, parts, root):
@@ -162,23 +158,23 @@ def choose_edit(args, parts, root):
         level = args.level or parts.schedule.T / 2
         if not 0 < level <= parts.schedule.T:
             raise errors.ConfigError(f"--level={level:g} must be above 0 and at most {parts.schedule.T}")
-        pictures = [read(path, parts.shape) for path in args.interpolate]
+        pictures = [read(path, parts) for path in args.interpolate]
         return editing.interpolate(parts.schedule, level, keys.named(root, "pair"), *pictures, args.num)
     if args.inpaint:
-        known, mask = read(args.inpaint, parts.shape), read(args.mask, parts.shape) < 0
+        known, mask = read(args.inpaint, parts), read(args.mask, parts) < 0
         return editing.inpaint(parts.schedule, known, mask, args.jump, args.repeats)
     if args.reconstruct:
         if args.sampler != "ddim" or args.eta:
             raise errors.ConfigError("--reconstruct follows the deterministic way: say --sampler=ddim, and no --eta")
-        return editing.reconstruct(parts.schedule, read(args.reconstruct, parts.shape))
+        return editing.reconstruct(parts.schedule, read(args.reconstruct, parts))
     return None
 
 
-def read(path, shape):
-    """A picture file in the shape of the model's images, in [-1, 1]."""
+def read(path, parts):
+    """A picture file in the shape of the model's images, in [-1, 1], read as the data were."""
     from ddpm_jax import data, images
 
     try:
-        return images.to_unit(data.read(path, shape[:2], shape[-1]))
+        return images.to_unit(data.read(path, parts.shape[:2], parts.shape[-1], parts.config.data.range))
     except Exception as error:  # Pillow raises whatever a broken file brings about
         raise errors.DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error

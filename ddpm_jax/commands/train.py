@@ -114,7 +114,7 @@ def main():
 
 def prepare(args, workdir, say):
     """(Experiment, Dataset), after all checks that need no device."""
-    from ddpm_jax import data, experiment, parallel, runs
+    from ddpm_jax import checkpoint, data, experiment, parallel, runs
 
     config = args.config
     parallel.check_batch_size(config.train.batch_size, config.train.accumulate, members=config.train.ensemble)
@@ -126,12 +126,15 @@ def prepare(args, workdir, say):
     images = "x".join(map(str, dataset.images.shape[1:]))
     say(f"{config.data.source}: {len(dataset.images):,} images of {images}")
     dataset = experiment.with_labels(dataset, config.model.num_classes)
+    if dataset.classes and checkpoint.steps(workdir / "checkpoints"):
+        meta = checkpoint.load(workdir / "checkpoints", [])[0]
+        dataset = experiment.as_trained(dataset, config.data.source, meta["data"], meta.get("classes"))
     data.batch(dataset, 0, 0, config.train.batch_size)  # refuses too few images
     if config.train.evaluate_every:
         from ddpm_jax.features import enl0
 
         enl0.find()  # refuses
-    parts = experiment.make(config, dataset.images.shape[1:])
+    parts = experiment.make(config, dataset.images.shape[1:])._replace(classes=dataset.classes)
     say(
         f"U-Net of {experiment.parameter_count(parts):,} parameters; {config.train.steps:,} steps "
         f"of {config.train.batch_size} images"
@@ -179,7 +182,7 @@ def train(parts, dataset, fingerprint, workdir, asked, say, step=None, allowed=(
 
     config, folder = parts.config.train, workdir / "checkpoints"
     made = program.make(parts, dataset)
-    fixed = {"config": dataclasses.asdict(parts.config), "shape": parts.shape}
+    fixed = {"config": dataclasses.asdict(parts.config), "shape": parts.shape, "classes": parts.classes}
     fixed |= {"data": fingerprint, "devices": parallel.describe()}
     rollbacks, tries, failure, branch = 0, {}, None, step
     with signals.watchdog(config.watchdog, config.watchdog_abort) as feed:

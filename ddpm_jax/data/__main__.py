@@ -14,6 +14,8 @@ class Args(options.Arguments):
     split: str = options.same_as(Data, "split")
     image_size: tuple[int, ...] = options.same_as(Data, "image_size")
     channels: int = options.same_as(Data, "channels")
+    range: tuple[float, ...] = options.same_as(Data, "range")
+    frames: str = options.same_as(Data, "frames")
     files: str = options.option("", "folder with the archives of a tfds source; empty to download them")
     max_unreadable: float = options.same_as(Data, "max_unreadable")
     data_dir: str = options.same_as(Data, "data_dir")
@@ -47,6 +49,8 @@ def main():
     if dataset.labels is not None:
         classes, each = np.unique(dataset.labels, return_counts=True)
         print(f"{len(classes)} classes from {classes[0]} to {classes[-1]}, with", *(f"{n:,}" for n in each), "images")
+    if list(dataset.classes) != [str(i) for i in range(len(dataset.classes))]:
+        print("labels", ", ".join(f"{i} {name!r}" for i, name in enumerate(dataset.classes)))
     print("fingerprint", data.fingerprint(dataset))
     if args.out:
         from ddpm_jax import images

@@ -5,7 +5,7 @@ import contextlib
 import functools
 import mmap
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -19,17 +19,27 @@ LARGE = 2**30  # bytes; what is less is soon in memory as a whole, where a memor
 class Dataset(NamedTuple):
     images: np.ndarray  # uint8 (N, H, W, C), in memory or mapped from a file
     labels: np.ndarray | None = None  # int32 (N,), when the source has any
+    classes: tuple[str, ...] = ()  # the names of the labels from 0 on, where the source has some
 
 
 def fingerprint(dataset: Dataset) -> str:
     """A short text that tells data sets apart: shape and CRC-32 of the labels and up to 1,000 evenly spaced images."""
-    images, labels = dataset
+    images, labels, _ = dataset
     crc = 0 if labels is None else zlib.crc32(labels.astype("<i8"))
     index = np.arange(0, len(images), -(-len(images) // 1000))
     with _reading(images, index):
         for row in index:
             crc = zlib.crc32(np.ascontiguousarray(images[row]), crc)
     return f"{'x'.join(map(str, images.shape))}-{crc:08x}"
+
+
+def in_order(dataset: Dataset, classes: Sequence[str]) -> Dataset:
+    """The Dataset with its labels counted in the order of `classes`; as it is where its classes have other names."""
+    if not classes or sorted(classes) != sorted(dataset.classes) or dataset.labels is None:
+        return dataset
+    place = {name: i for i, name in enumerate(classes)}
+    labels = np.array([place[name] for name in dataset.classes], np.int32)[dataset.labels]
+    return dataset._replace(labels=labels, classes=tuple(classes))
 
 
 @contextlib.contextmanager

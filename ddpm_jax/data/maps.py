@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ddpm_jax.data.intake import LEVELS
 from ddpm_jax.data.loader import Dataset, prefetch
 from ddpm_jax.errors import DataError, first_line
 from ddpm_jax.files import locked, write_atomic
-from ddpm_jax.log import progress
+from ddpm_jax.log import note, progress
 
 GROUP = 8  # items that a thread decodes at once, so that it gets on for a while
 
@@ -24,12 +25,13 @@ def digest(text):
     return hashlib.sha256(text.encode("utf8", "backslashreplace")).hexdigest()  # names need not be UTF-8
 
 
-def decode(name, state, items, get, shape, max_unreadable, cache_dir):
-    """get(item) -> (image, label or -1) of every item, with all cores, as a memory map kept under `cache_dir`.
+def decode(name, state, items, get, shape, max_unreadable, cache_dir, levels=()):
+    """get(item) -> (intake.Frames, label or -1) of every item, with all cores, as a memory map kept under `cache_dir`.
 
     `name` says which map it is, `state` in which state its source was when it was made. Of several processes one
     decodes and the others wait. Items that cannot be read are counted and the first five named; more than the share
-    `max_unreadable` of them is an error.
+    `max_unreadable` of them is an error. It is told how many frames were left out, and how values of more than 8 bits
+    lie between the two of `levels` from which they were scaled.
     """
     base = Path(cache_dir).expanduser() / digest(f"{name}:{shape}")[:16]
 
@@ -37,10 +39,10 @@ def decode(name, state, items, get, shape, max_unreadable, cache_dir):
         reason = None
         for _ in range(2):  # a network folder may fail once
             try:
-                image, label = get(item)
-                if image.shape != shape:
-                    raise ValueError(f"its shape is {image.shape}, not {shape}")
-                return image, label, None
+                frames, label = get(item)
+                if frames.images.shape[1:] != shape:
+                    raise ValueError(f"its shape is {frames.images.shape[1:]}, not {shape}")
+                return frames, label, None
             except Exception as error:  # whatever a damaged file makes Pillow raise
                 reason = repr(f"{item} ({first_line(error)})")[1:-1]  # names need be neither UTF-8 nor printable
         return None, None, reason
@@ -65,18 +67,42 @@ def decode(name, state, items, get, shape, max_unreadable, cache_dir):
             raise DataError(
                 f"cannot write to data.cache_dir={cache_dir}: {error.strerror}; give another one"
             ) from error
-    bad, images, labels = found
+    bad, images, labels, facts = found
     if len(bad) > max_unreadable * len(items):
         raise DataError(
             f"{_unreadable(bad, items)}, more than data.max_unreadable={max_unreadable:g} of them; mend or remove them"
         )
     if bad:
         warnings.warn(f"{_unreadable(bad, items)}; they are left out", stacklevel=2)
+    _tell(facts, levels)
     return Dataset(images, None if (labels < 0).any() else labels)
 
 
 def _unreadable(bad, items):
     return f"{len(bad)} of {len(items)} pictures cannot be read: {'; '.join(reason for _, reason in bad[:5])}"
+
+
+def _tell(facts, levels):
+    """Say what of the source is not in the images."""
+    if facts.get("frames_left_out"):
+        files, frames = facts["frames_left_out"]
+        note(f"{frames:,} further frames of {files:,} files are left out; data.frames=all takes them too")
+    if not facts.get("values"):
+        return
+    (lowest, highest), (low, high) = facts["values"], levels or LEVELS
+    told = f"the values of more than 8 bits run from {lowest:,g} to {highest:,g}"
+    scaled = f"{low:,g} becomes black and {high:,g} white"
+    if lowest < low or highest > high:
+        warnings.warn(f"{told}, but {scaled} by data.range: those outside are clipped", stacklevel=3)
+    elif not levels and highest - lowest < (high - low) / 2:  # 15 bits or fewer are used
+        gray = f"at most {math.ceil(256 * (highest - lowest + 1) / (high - low + 1)) + 1} of 256 gray levels are left"
+        warnings.warn(
+            f"{told}, but {scaled}: {gray}; data.range={lowest:g},{highest:g}, or the range of your device such as "
+            "0,4095, takes it all",
+            stacklevel=3,
+        )
+    else:
+        note(f"{told}; {scaled}")
 
 
 def _check_room(folder, size):
@@ -93,12 +119,12 @@ def _paths(base):
 
 
 def _open_map(base, state):
-    """([(item's number, why it cannot be read)], images, labels) of a map; None if there is none of that state."""
+    """([(item's number, why it cannot be read)], images, labels, facts) of a map; None if there is none so."""
     about, images, labels = _paths(base)
     try:
         text = about.read_text()
         told = json.loads(text)
-        found = told["unreadable"], np.load(images, mmap_mode="r"), np.load(labels)
+        found = told["unreadable"], np.load(images, mmap_mode="r"), np.load(labels), told.get("facts", {})
         same = told["state"] == state and about.read_text() == text  # not exchanged since by another process
     except (OSError, ValueError, EOFError, KeyError):
         return None
@@ -108,7 +134,7 @@ def _open_map(base, state):
 def _write_map(base, name, state, items, attempt, shape):
     about, images, labels = _paths(base)
     about.unlink(missing_ok=True)  # it no longer tells the truth, also when decoding fails
-    part, bad, kept = base.with_suffix(".part"), [], []
+    part, bad, kept, left_out, values = base.with_suffix(".part"), [], [], [], []
     try:
         cores = os.cpu_count()
         groups = prefetch(
@@ -121,12 +147,14 @@ def _write_map(base, name, state, items, attempt, shape):
         with part.open("wb") as file, contextlib.closing(groups):
             _write_header(file, (len(items), *shape))
             done = (result for group in groups for result in group)
-            for i, (image, label, reason) in enumerate(progress(done, len(items), "decoding")):
+            for i, (frames, label, reason) in enumerate(progress(done, len(items), "decoding")):
                 if reason:
                     bad.append((i, reason))
                 else:
-                    file.write(image.tobytes())
-                    kept.append(label)
+                    file.write(frames.images.tobytes())
+                    kept += [label] * len(frames.images)
+                    left_out += [frames.left_out] * (frames.left_out > 0)
+                    values += frames.values or ()
             file.seek(0)
             _write_header(file, (len(kept), *shape))  # as long as before: NumPy leaves room for any first number
             file.flush()
@@ -137,7 +165,9 @@ def _write_map(base, name, state, items, attempt, shape):
     buffer = io.BytesIO()
     np.save(buffer, np.asarray(kept, np.int32))
     write_atomic(labels, buffer.getvalue())
-    write_atomic(about, json.dumps({"name": name, "state": state, "unreadable": bad}).encode())
+    facts = {"frames_left_out": [len(left_out), sum(left_out)] if left_out else None}
+    facts["values"] = [min(values), max(values)] if values else None
+    write_atomic(about, json.dumps({"name": name, "state": state, "unreadable": bad, "facts": facts}).encode())
 
 
 def _write_header(file, shape):

@@ -3,6 +3,8 @@
 import functools
 import os
 
+import numpy as np
+
 from ddpm_jax.data.intake import fit_array
 from ddpm_jax.data.maps import GROUP, decode
 from ddpm_jax.data.prepare import SETS, prepare, write
@@ -11,7 +13,9 @@ from ddpm_jax.files import locked
 from ddpm_jax.log import note, without_warnings_of_absl
 
 
-def from_tfds(name, image_size, channels, split="train", data_dir="", cache_dir="~/.cache/ddpm_jax", files="", **_):
+def from_tfds(
+    name, image_size, channels, split="train", range=(), data_dir="", cache_dir="~/.cache/ddpm_jax", files="", **_
+):
     """A split of a TFDS data set; those in SETS are prepared first, from archives in the folder `files` if given."""
     import tensorflow_datasets as tfds
 
@@ -36,7 +40,7 @@ def from_tfds(name, image_size, channels, split="train", data_dir="", cache_dir=
             f"TFDS data set {name} is not prepared in {builder.data_dir_root}, and only {', '.join(SETS)} are prepared "
             f"here; do it {_with_tensorflow(name, builder.data_dir_root)}, or take its pictures as folder:DIR"
         )
-    return _from_builder(builder, image_size, channels, split, cache_dir)
+    return _from_builder(builder, image_size, channels, split, cache_dir, range)
 
 
 def _with_tensorflow(name, data_dir):
@@ -70,7 +74,7 @@ def _prepared(make, prepare):
     return make()
 
 
-def _from_builder(builder, image_size, channels, split, cache_dir):
+def _from_builder(builder, image_size, channels, split, cache_dir, levels=()):
     try:
         rows = builder.as_data_source(split=split)
         with without_warnings_of_absl():  # of OpenCV, which is not installed
@@ -90,6 +94,8 @@ def _from_builder(builder, image_size, channels, split, cache_dir):
         raise DataError(f"TFDS data set {builder.info.full_name} has no feature 'image'")
     features = builder.info.features
     labelled = "label" in features
+    if levels and features["image"].dtype == np.uint8:
+        raise DataError(f"data.range is for values of more than 8 bits, {builder.info.full_name} has 8; leave it out")
     if not image_size and None in features["image"].shape[:2]:
         raise DataError(
             f"{builder.info.full_name} has images of several sizes; --config.data.image_size=64 makes them one"
@@ -101,14 +107,17 @@ def _from_builder(builder, image_size, channels, split, cache_dir):
 
     def get(i):
         row = group(i // GROUP)[i % GROUP]
-        return fit_array(row["image"], image_size, channels), int(row["label"]) if labelled else -1
+        return fit_array(row["image"], image_size, channels, levels), int(row["label"]) if labelled else -1
 
-    return decode(
-        f"tfds:{builder.data_dir}:{split}:{image_size}:{channels}",
+    scaled = f":{levels}" if levels else ""
+    dataset = decode(
+        f"tfds:{builder.data_dir}:{split}:{image_size}:{channels}{scaled}",
         f"{builder.info.full_name}:{len(rows)}",
         range(len(rows)),
         get,
-        get(0)[0].shape,
+        get(0)[0].images.shape[1:],
         0.0,
         cache_dir,
+        levels,
     )
+    return dataset._replace(classes=tuple(getattr(features["label"], "names", None) or ()) if labelled else ())

@@ -1,33 +1,53 @@
 """Where images come from: SOURCES maps the word before the colon of `data.source` to a function that reads it."""
 
+import inspect
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from ddpm_jax.data.intake import SUFFIXES, find, fit_array, read
-from ddpm_jax.data.loader import Dataset
+from ddpm_jax.config import Data
+from ddpm_jax.data.intake import SUFFIXES, find, fit_array, is_picture, read_frames
+from ddpm_jax.data.loader import Dataset, in_order
 from ddpm_jax.data.maps import decode, digest
 from ddpm_jax.data.records import from_digits, from_tfds
 from ddpm_jax.errors import DataError, first_line
 from ddpm_jax.log import note
+from ddpm_jax.options import to_text
+
+SPLITS = (("train", "training"), ("test", "testing"), ("validation", "valid", "val", "dev"))  # names of folders
 
 
 def load(source: str, image_size: tuple[int, ...] = (), channels: int = 0, **options) -> Dataset:
     """The Dataset that `source` names: digits, tfds:NAME, folder:DIR or npz:FILE; `options` are config.Data's.
 
-    Raises DataError when there is no such source, or nothing usable in it.
+    Raises DataError when there is no such source, nothing usable in it, or an option that asks for what it has not.
     """
     kind, _, argument = source.partition(":")
     if kind not in SOURCES:
         raise DataError(f"data.source={source} is none of {', '.join(SOURCES)} (as in folder:my_pictures)")
     if len(image_size) == 1:
         image_size = image_size * 2
+    _check_options(kind, source, options)
     dataset = SOURCES[kind](argument, image_size, channels, **options)
     if dataset.images.shape[0] == 0:
         raise DataError(f"data.source={source} holds no images")
     return dataset
+
+
+def _check_options(kind, source, options):
+    """Refuse what would choose other images in another kind of source; of the rest say that it changes nothing here."""
+    takes = inspect.signature(SOURCES[kind]).parameters
+    defaults = {name: field.default for name, field in Data.__dataclass_fields__.items()}
+    for name in ("split", "range", "frames", "max_unreadable", "data_dir"):
+        if name in takes or options.get(name, defaults[name]) == defaults[name]:
+            continue
+        told = f"data.{name}={to_text(options[name])}"
+        if name in ("split", "range", "frames"):
+            raise DataError(f"{told} means nothing to data.source={source}; leave it out")
+        note(f"{told} changes nothing with data.source={source}")
 
 
 def from_npz(path: str, image_size: tuple[int, ...], channels: int, **_) -> Dataset:
@@ -53,14 +73,24 @@ def from_npz(path: str, image_size: tuple[int, ...], channels: int, **_) -> Data
             f"{len(images)} images"
         )
     if len(images) and images.shape[1:] != (*(image_size or images.shape[1:3]), channels or images.shape[-1]):
-        images = np.stack([fit_array(image, image_size, channels) for image in images])
+        images = np.concatenate([fit_array(image, image_size, channels).images for image in images])
     return Dataset(images, labels)
 
 
-def from_folder(folder, image_size, channels, max_unreadable=0.1, cache_dir="~/.cache/ddpm_jax", **_):
-    """All pictures below a folder, decoded once into a memory map; a changed folder is decoded anew.
+def from_folder(
+    folder,
+    image_size,
+    channels,
+    split="train",
+    range=(),
+    frames="first",
+    max_unreadable=0.1,
+    cache_dir="~/.cache/ddpm_jax",
+    **_,
+):
+    """All pictures below a folder, or its subfolder `split`, decoded once into a memory map, anew where they changed.
 
-    Labels are the subfolders that the pictures lie in, counted in byte order, unless one lies in none.
+    Labels are the subfolders that the pictures lie in, in natural order (2 before 10), unless a picture lies in none.
     """
     if not folder:
         raise DataError("data.source=folder: names no folder; say for example --config.data.source=folder:my_pictures")
@@ -74,29 +104,73 @@ def from_folder(folder, image_size, channels, max_unreadable=0.1, cache_dir="~/.
     except OSError as error:
         where = os.fsdecode(error.filename)
         raise DataError(f"cannot list {where} (data.source=folder:{folder}): {error.strerror}") from error
-    if not files:
-        raise DataError(f"no pictures in {folder}; looked for {' '.join('*' + suffix for suffix in SUFFIXES)}")
     names = [os.path.relpath(path, folder) for path, _, _ in files]
+    part = _part(folder, names, split)
+    if part:
+        folder /= part
+        files = [file for file, name in zip(files, names, strict=True) if _top(name) == part]
+        names = [name[len(part) + 1 :] for name in names if _top(name) == part]
+    if not any(is_picture(path) for path, _, _ in files):
+        raise DataError(f"no pictures in {folder}; looked for {' '.join('*' + suffix for suffix in SUFFIXES)}")
     classes = _classes(names)
+    in_turn = tuple(sorted(classes, key=_natural))
     if classes:
-        told = ", ".join(map(repr, classes[:5])) + ", ..." * (len(classes) > 5)
+        told = ", ".join(map(repr, in_turn[:5])) + ", ..." * (len(classes) > 5)
         note(f"{folder}: labels from the names of {len(classes)} subfolders, {told}")
     label = {name: i for i, name in enumerate(classes)}
-    return decode(
-        f"folder:{folder.resolve()}",
-        digest(repr((classes, names, [at for _, *at in files]))),
+
+    def get(path):
+        found = read_frames(path, image_size, channels or 3, range, frames == "all")
+        if range and not found.values:
+            raise ValueError("8 bits a value, for which data.range is not meant")
+        return found, label.get(_top(os.path.relpath(path, folder)), -1)
+
+    chosen = f":{range}:{frames}" if range or frames != "first" else ""
+    dataset = decode(
+        f"folder:{folder.resolve()}{chosen}",
+        digest(repr((classes, names, [at for _, *at in files], range, frames))),
         [path for path, _, _ in files],
-        lambda path: (read(path, image_size, channels or 3), label.get(_top(os.path.relpath(path, folder)), -1)),
+        get,
         (*image_size, channels or 3),
         max_unreadable,
         cache_dir,
+        range,
     )
+    return in_order(dataset._replace(classes=tuple(classes)), in_turn)
+
+
+def _part(folder, names, split):
+    """The subfolder of `folder` that is its `split`, or "" for the whole; `names` are those of the files in it.
+
+    The default split, train, is the whole folder unless its subfolders are splits by their names: all of them, or two.
+    """
+    tops = sorted({_top(name) for name in names if os.sep in name})
+    splits = [top for top in tops if any(top.lower() in same for same in SPLITS)]
+    beside = any(os.sep not in name for name in names if is_picture(name))
+    is_split = len(splits) > 1 or (splits and splits == tops and not beside)
+    if split == "all" or (split == Data.split and not is_split):
+        return ""
+    alike = next((same for same in SPLITS if split.lower() in same), ())
+    there = [top for top in tops if top == split] or [top for top in tops if top.lower() in alike]
+    if len(there) != 1:
+        has = ", ".join(splits or tops[:5]) or "none"
+        raise DataError(
+            f"{folder} has no subfolder for data.split={split}; it has {has}; data.split=all takes all of it"
+        )
+    note(f"{folder}: split {there[0]} of {', '.join(splits or there)}; data.split=all takes all of it")
+    return there[0]
 
 
 def _classes(names):
-    """The subfolders in byte order if every one of the relative `names` lies in one, however deep; [] otherwise."""
-    inside = all(os.sep in name for name in names)
-    return sorted({_top(name) for name in names}, key=os.fsencode) if inside else []
+    """The subfolders in byte order if every picture of the relative `names` lies in one, however deep; [] otherwise."""
+    inside = all(os.sep in name for name in names if is_picture(name))
+    return sorted({_top(name) for name in names if os.sep in name}, key=os.fsencode) if inside else []
+
+
+def _natural(name):
+    """A key by which numbers inside names count as numbers and all else as bytes."""
+    parts = re.split("([0-9]+)", name)  # every second one is a number
+    return [int(part) if i % 2 else os.fsencode(part) for i, part in enumerate(parts)], os.fsencode(name)
 
 
 def _top(name):

@@ -47,6 +47,8 @@ def _model(parts, step):
     names, classes = parts.config.diffusion, parts.config.model.num_classes
     size, schedule = "x".join(map(str, parts.shape)), "of own betas" if names.betas else names.schedule
     of_classes = f" of {classes:,} classes" if classes else ""
+    if classes and parts.classes:
+        of_classes += _escaped(f" ({', '.join(parts.classes[:20])}{', ...' * (len(parts.classes) > 20)})")
     return (
         f"A U-Net of {experiment.parameter_count(parts):,} parameters that makes images of {size} (height x width x "
         f"channels){of_classes} from noise: a denoising diffusion model ({PAPER}), at step {step:,}. Parameterization "
