@@ -61,10 +61,11 @@ def open_manager(folder, keep=None, keep_every=0, read_only=False):
     if not read_only and parallel.is_first():
         delete([*unfinished(folder), *trash(folder)])
     handlers = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ARRAYS}
+    policies = ocp.checkpoint_managers
+    for_good = [policies.EveryNSteps(keep_every)] if keep_every else []
     with without_warnings_of_absl():  # of what is read only
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            keep_period=keep_every or None,
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), *for_good]),
             todelete_subdir=None if read_only else TRASH,
             read_only=read_only,
             cleanup_tmp_directories=False,  # it would take every folder without a marker, whosever it is
