@@ -29,7 +29,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization
 
-from ddpm_jax import YNN_FLAG, __version__, options, parallel, trees
+from ddpm_jax import __version__, options, parallel, trees
+from ddpm_jax.environment import YNN_FLAG
 from ddpm_jax.errors import CheckpointError, Diverged, UserError, run, writing
 from ddpm_jax.files import lock
 from ddpm_jax.log import without_warnings_of_absl
@@ -63,10 +64,11 @@ def open_manager(folder, keep=None, keep_every=0, read_only=False):
     if not read_only and parallel.is_first():
         delete([*unfinished(folder), *trash(folder)])
     handlers = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ARRAYS}
+    policies = ocp.checkpoint_managers
+    for_good = [policies.EveryNSteps(keep_every)] if keep_every else []
     with without_warnings_of_absl():  # of what is read only
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            keep_period=keep_every or None,
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), *for_good]),
             todelete_subdir=None if read_only else TRASH,
             read_only=read_only,
             cleanup_tmp_directories=False,  # it would take every folder without a marker, whosever it is

@@ -3,6 +3,9 @@
 The functions have the arguments that nn.Conv gives its `conv_general_dilated`. x: (N, H, W, C), kernel: (3, 3, C, F).
 """
 
+import contextlib
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -18,6 +21,17 @@ def same(x, kernel, *_, **__):
     if halves and x.dtype == jnp.float32 and min(kernel.shape[2:]) >= WIDE:
         return _same.bind(x, kernel)
     return direct(x, kernel)
+
+
+@contextlib.contextmanager
+def none_minimal():
+    """Within it, networks are traced without minimal filtering, which XLA compiles the slower the larger the images."""
+    global WIDE
+    usual, WIDE = WIDE, math.inf
+    try:
+        yield
+    finally:
+        WIDE = usual
 
 
 def doubled(x, kernel, *_, **__):

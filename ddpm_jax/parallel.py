@@ -21,6 +21,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ddpm_jax.environment import WITHOUT_TPU, tpu_is_attached
 from ddpm_jax.errors import INTERRUPTED, PREEMPTED, ConfigError, Diverged, LostProcess, OutOfMemory, UserError
 
 AXIS = "batch"
@@ -90,8 +91,8 @@ def _processor():
 
 def _among_several():
     counts = [os.environ.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")]
-    on_tpu = importlib.util.find_spec("libtpu") and (os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0"))
-    return any(count != "1" for count in counts) or "JAX_COORDINATOR_ADDRESS" in os.environ or bool(on_tpu)
+    on_tpu = importlib.util.find_spec("libtpu") is not None and tpu_is_attached()
+    return any(count != "1" for count in counts) or "JAX_COORDINATOR_ADDRESS" in os.environ or on_tpu
 
 
 def describe():
@@ -186,27 +187,28 @@ def memory_for(what):
 def topology(name):
     """The devices of a TPU slice that is not here, such as v5e:2x4, to compile for.
 
-    Raises ConfigError without libtpu, and for a name that it does not know.
+    They are those that JAX has on the real one: two of each chip of TPU7x, v3 and v2, one of each of the others.
+    Raises ConfigError without libtpu, for a name that it does not know, and for more chips than there are.
     """
     if not importlib.util.find_spec("libtpu"):
         raise ConfigError(f"--topology={name} needs TPU's compiler: pip install ddpm-jax[tpu]")
     from jax.experimental import topologies
 
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot read back what is for other chips
-    # libtpu looks for a TPU around it, says at length that there is none, and lets in one process at a time.
-    around = {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
-    for variable, value in around.items():
+    for variable, value in WITHOUT_TPU.items():
         os.environ.setdefault(variable, value)
     try:
-        return topologies.get_topology_desc(name, "tpu").devices
+        devices = topologies.get_topology_desc(name, "tpu").devices
+        if devices[0].device_kind == "TPU v4":  # as libtpu has it half a chip is a device; on a real one a chip is
+            devices = topologies.get_topology_desc(name, "tpu", chip_config_name="megacore").devices
     except (RuntimeError, ValueError, NotImplementedError) as error:
         said = str(error).splitlines()[0][:160]
-        raise ConfigError(f"--topology={name} is not known ({said}); try v5e:2x4, v6e:2x2 or v4:2x2x2") from error
+        raise ConfigError(
+            f"--topology={name} is not known ({said}); try v5e:2x4, v6e:2x4, tpu7x:2x2x1, v5p:2x2x1 or v4:2x2x1"
+        ) from error
+    if devices[0].device_kind.endswith("lite") and max(max(device.coords) for device in devices) >= 16:
+        raise ConfigError(f"--topology={name} is larger than any such machine, which has 16x16 chips at most")
+    return devices
 
 
 def check_batch_size(batch_size, accumulate=1, devices=None, members=1):

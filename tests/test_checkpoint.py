@@ -204,12 +204,47 @@ def test_fault_25_what_is_not_finite_is_not_saved(folder, item, bad):
     assert restored_step(folder) == 30
 
 
-def test_the_newest_are_kept_and_every_mth(tmp_path):
-    with checkpoint.open_manager(tmp_path, keep=2, keep_every=20) as manager:
-        for step in range(5, 75, 5):
+def save_all(manager, there, saved, keep, every):
+    """Save these steps; those that ought to be there then: the newest, and for good the multiples of `every`."""
+    with manager:
+        for step in saved:
             checkpoint.save(manager, state_at(step))
+            there = [*there, step]
+            newest = there if keep is None else there[-keep:]
+            there = [found for found in there if found in newest or (every and found % every == 0)]
         checkpoint.finish(manager)
-    assert checkpoint.steps(tmp_path) == [20, 40, 60, 65, 70]
+    assert checkpoint.steps(manager.directory) == there
+    return there
+
+
+def old_manager(folder, **options):
+    """Orbax's manager with the options that runs had before there were policies."""
+    handlers = {name: checkpoint.ocp.PyTreeCheckpointHandler() for name in checkpoint.ARRAYS}
+    commit = checkpoint.ocp.options.AtomicityOptions(mode=checkpoint.ocp.options.AtomicityMode.COMMIT_FILE)
+    options = checkpoint.ocp.CheckpointManagerOptions(todelete_subdir="deleted", atomicity_options=commit, **options)
+    handlers["meta"] = checkpoint.ocp.JsonCheckpointHandler()
+    return checkpoint.ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+
+
+def test_the_newest_are_kept_and_every_mth(tmp_path):
+    """Also in the folder of an older run, after resuming with other settings, rolling back, and setting aside."""
+
+    def save(there, saved, keep, every):
+        return save_all(checkpoint.open_manager(tmp_path, keep, every), there, saved, keep, every)
+
+    there = save_all(old_manager(tmp_path, max_to_keep=2, keep_period=20), [], range(5, 50, 5), 2, 20)
+    assert there == [20, 40, 45]
+    there = save(there, (50, 55, 60), 2, 20)
+    assert there == [20, 40, 55, 60]
+    checkpoint.set_aside(tmp_path, 40)
+    aside = sorted(path.name for path in tmp_path.glob("*.aside"))
+    assert aside == ["55.aside", "60.aside"]
+    there = save([20, 40], (45, 50), 1, 50)  # with another period 20 and 40 are no longer for good
+    assert there == [50]
+    there = save(there, (55, 60, 65), 2, 0)
+    assert there == [60, 65]
+    assert save(there, (70, 75), None, 0) == [60, 65, 70, 75]
+    assert sorted(path.name for path in tmp_path.glob("*.aside")) == aside
 
 
 def test_at_most_ten_differences_are_named(folder):

@@ -7,8 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-import ddpm_jax
-from ddpm_jax import checkpoint
+from ddpm_jax import checkpoint, environment
 
 # The sum of squares of each of n rows, of which the last is n - 1, after a product with the identity, as float64 has it
 # (the reproduction of jax-ml/jax issue 39103).
@@ -42,35 +41,35 @@ def test_known_wrong_sums_are_right():
 
 @pytest.mark.parametrize("version", ["0.10.2", "0.12.0.1"])
 def test_only_the_versions_that_need_it_are_changed(version, monkeypatch):
-    monkeypatch.setattr(ddpm_jax.metadata, "version", lambda name: version)
-    monkeypatch.setattr(ddpm_jax.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(environment.metadata, "version", lambda name: version)
+    monkeypatch.setattr(environment.util, "find_spec", lambda name: None)
     monkeypatch.setenv("XLA_FLAGS", "--xla_other=1")
-    ddpm_jax._leave_out_wrong_sums()
-    added = f" {ddpm_jax.YNN_FLAG}=-reduce" if version == "0.10.2" else ""
+    environment._leave_out_wrong_sums()
+    added = f" {environment.YNN_FLAG}=-reduce" if version == "0.10.2" else ""
     assert os.environ["XLA_FLAGS"] == "--xla_other=1" + added
 
 
 @pytest.mark.parametrize(
     ("variables", "plugin", "changed"),
     [
-        ({"XLA_FLAGS": f"{ddpm_jax.YNN_FLAG}=dot"}, None, False),  # the user's own
-        ({}, "libtpu", False),
-        ({"JAX_PLATFORMS": "cpu"}, "libtpu", True),
+        ({"XLA_FLAGS": f"{environment.YNN_FLAG}=dot"}, None, False),  # the user's own
+        ({}, "jax_cuda13_plugin", False),
+        ({"JAX_PLATFORMS": "cpu"}, "jax_cuda13_plugin", True),
     ],
 )
 def test_flags_of_the_user_and_accelerators_are_left_alone(variables, plugin, changed, monkeypatch):
-    monkeypatch.setattr(ddpm_jax.metadata, "version", lambda name: "0.10.2")
-    monkeypatch.setattr(ddpm_jax.util, "find_spec", lambda name: name == plugin or None)
+    monkeypatch.setattr(environment.metadata, "version", lambda name: "0.10.2")
+    monkeypatch.setattr(environment.util, "find_spec", lambda name: name == plugin or None)
     for name in ("XLA_FLAGS", "JAX_PLATFORMS"):
         monkeypatch.setenv(name, variables.get(name, ""))
     before = os.environ["XLA_FLAGS"]
-    ddpm_jax._leave_out_wrong_sums()
+    environment._leave_out_wrong_sums()
     assert (os.environ["XLA_FLAGS"] != before) == changed
 
 
 def test_the_setting_is_recorded(monkeypatch):
-    name = ddpm_jax.YNN_FLAG.lstrip("-")
+    name = environment.YNN_FLAG.lstrip("-")
     monkeypatch.setenv("XLA_FLAGS", "")
     assert name not in checkpoint.versions()
-    monkeypatch.setenv("XLA_FLAGS", f"--xla_a=1 {ddpm_jax.YNN_FLAG}=-reduce --xla_b=2")
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_a=1 {environment.YNN_FLAG}=-reduce --xla_b=2")
     assert checkpoint.versions()[name] == "-reduce"
