@@ -24,7 +24,7 @@ import pytest
 from PIL import Image
 from published import RELEASED
 
-from ddpm_jax import checkpoint, diffusion, errors, experiment, schedules, trees, unet
+from ddpm_jax import checkpoint, errors, experiment, schedules, trees, unet
 from ddpm_jax.config import Config, Data, Diffusion, Model
 from ddpm_jax.data import load
 from ddpm_jax.interop import __main__ as interop
@@ -67,11 +67,6 @@ def tiny():
 @pytest.fixture(scope="session")
 def linear():
     return schedules.from_betas(schedules.linear_betas())
-
-
-@pytest.fixture(scope="session")
-def tiny_loss(tiny, linear):
-    return diffusion.make_loss(tiny[0], linear, diffusion.PARAMETERIZATIONS["eps"], diffusion.WEIGHTINGS["simple"])
 
 
 @pytest.fixture(scope="session")
