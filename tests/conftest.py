@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,7 +24,7 @@ import pytest
 from PIL import Image
 from published import RELEASED
 
-from ddpm_jax import checkpoint, diffusion, errors, experiment, schedules, trees, unet
+from ddpm_jax import checkpoint, errors, experiment, schedules, trees, unet
 from ddpm_jax.config import Config, Data, Diffusion, Model
 from ddpm_jax.data import load
 from ddpm_jax.interop import __main__ as interop
@@ -65,11 +67,6 @@ def tiny():
 @pytest.fixture(scope="session")
 def linear():
     return schedules.from_betas(schedules.linear_betas())
-
-
-@pytest.fixture(scope="session")
-def tiny_loss(tiny, linear):
-    return diffusion.make_loss(tiny[0], linear, diffusion.PARAMETERIZATIONS["eps"], diffusion.WEIGHTINGS["simple"])
 
 
 @pytest.fixture(scope="session")
@@ -118,12 +115,25 @@ SMALL = [  # a run of a few seconds
 
 
 @pytest.fixture(scope="session")
-def trained(script, tmp_path_factory):
-    """The folder of a run of 60 steps that nothing interrupted, on one device."""
-    workdir = tmp_path_factory.mktemp("unbroken") / "run"
-    done = script("train.py", *SMALL, "--config.train.steps=60", f"--workdir={workdir}", "--cpu-devices=1")
-    assert done.returncode == 0, done.stderr
-    return workdir
+def trained(script, environment, tmp_path_factory):
+    """The folder of a run of 60 steps that nothing interrupted, on one device.
+
+    The first worker of pytest-xdist trains; all take copies of the run and of the programs compiled for it.
+    """
+    own, compiled = tmp_path_factory.mktemp("unbroken") / "run", environment["JAX_COMPILATION_CACHE_DIR"]
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trained"
+    shared.mkdir(exist_ok=True)
+    with open(shared / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / "run").exists():
+            done = script("train.py", *SMALL, "--config.train.steps=60", f"--workdir={own}", "--cpu-devices=1")
+            assert done.returncode == 0, done.stderr
+            shutil.copytree(compiled, shared / "compiled")
+            shutil.copytree(own, shared / "run")
+            return own
+    shutil.copytree(shared / "compiled", compiled, dirs_exist_ok=True)
+    return shutil.copytree(shared / "run", own)
 
 
 def fingerprint(workdir):

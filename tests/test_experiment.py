@@ -11,9 +11,9 @@ from ddpm_jax.errors import ConfigError
 SHAPE = (8, 8, 1)
 
 
-def made(train=None, num_classes=0, **names):
-    """The Experiment of a tiny network; `names` are fields of config.Diffusion."""
-    model = config.Model(**TINY | {"num_classes": num_classes})
+def made(train=None, model=None, **names):
+    """The Experiment of a tiny network with changes `model`; `names` are fields of config.Diffusion."""
+    model = config.Model(**TINY | (model or {}))
     return experiment.make(
         config.Config(model=model, diffusion=config.Diffusion(**names), train=config.Train(**train or {})), SHAPE
     )
@@ -76,16 +76,22 @@ EVERYTHING = {
     "self_conditioning": True,
     "label_dropout": 0.5,
     "time_sampling": "loss_aware",
-    "num_classes": 3,
     "distance": "huber",
     "weighting": "min_snr",
     "parameterization": "v",
 }
 
 
-def test_one_step_reaches_every_parameter():
+ONE_LEVEL = {"multipliers": (1,), "attention_resolutions": (8,)}
+
+
+@pytest.mark.parametrize(
+    "levels", [pytest.param(ONE_LEVEL, id="one"), pytest.param({}, marks=pytest.mark.slow, id="two")]
+)
+def test_one_step_reaches_every_parameter(levels):
     """The labels', the variance's and those behind zeros too, after three steps; and the average's."""
-    parts = made(train={"batch_size": 8, "averages": (0.1,), "warmup_steps": 0}, **EVERYTHING)
+    train, model = {"batch_size": 8, "averages": (0.1,), "warmup_steps": 0}, {"num_classes": 3} | levels
+    parts = made(train, model, **EVERYTHING)
     init_state, step = experiment.make_training(parts)
     state = init_state()
     images = np.random.default_rng(0).integers(0, 256, (8, *SHAPE), np.uint8)
@@ -103,7 +109,7 @@ def test_a_picture_of_a_continuous_schedule():
     """An untrained network answers 0: with v, x_0_hat = alpha_t x_t, and the preview ends with the picture."""
     parts = made(schedule="vp", parameterization="v")
     generate = jax.jit(experiment.make_generate(parts, "ddim", 5, frames=5, preview=True))
-    picture, finite = generate(parts.init(jax.random.key(0)), jax.random.key(0), 0)
+    picture, finite = generate(jax.jit(parts.init)(jax.random.key(0)), jax.random.key(0), 0)
     assert picture.shape == (5, *SHAPE)
     assert finite
     assert picture[0].astype(float).std() < picture[-1].astype(float).std()

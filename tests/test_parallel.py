@@ -5,13 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import assert_one_line, make_run
+from conftest import TINY, assert_one_line, make_run, random_params
 from train_steps import ROOT, batch_of, one_parameter, pull, run
 
-from ddpm_jax import checkpoint, experiment, parallel, training
+from ddpm_jax import checkpoint, diffusion, experiment, parallel, training, unet
 from ddpm_jax import config as configs
 from ddpm_jax.commands import evaluate, sample
 from ddpm_jax.reports import dry_run
+
+
+@pytest.fixture(scope="module")
+def one_level(linear):
+    """(parameters, loss) of a U-Net without a second resolution and attention, whose step compiles in seconds."""
+    init, net = unet.make_unet((8, 8, 1), **TINY | {"multipliers": (1,), "attention_resolutions": ()})
+    loss = diffusion.make_loss(net, linear, diffusion.PARAMETERIZATIONS["eps"], diffusion.WEIGHTINGS["simple"])
+    return random_params(init), loss
 
 
 def replicas_agree(state):
@@ -22,12 +30,12 @@ def replicas_agree(state):
     )
 
 
-def test_fault_62_sgd_gradient_and_all_replicas_are_the_same_on_1_2_and_8_devices(tiny, tiny_loss):
+def test_fault_62_sgd_gradient_and_all_replicas_are_the_same_on_1_2_and_8_devices(one_level):
     optimizer = optax.sgd(1.0)
-    step = training.make_train_step(tiny_loss, optimizer, 0.9)
-    batch, start = batch_of(16), training.init_state(tiny[1], optimizer)
+    step = training.make_train_step(one_level[1], optimizer, 0.9)
+    batch, start = batch_of(16), training.init_state(one_level[0], optimizer)
     results = {n: run(step, start, batch, n) for n in (1, 2, 8)}
-    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), results[1][0].params, tiny[1])
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), results[1][0].params, one_level[0])
     scale = max(jax.tree.leaves(moved))
     assert scale > 0.1
     for n in (2, 8):
@@ -85,13 +93,13 @@ def test_several_steps_in_a_call_are_the_steps_one_by_one(monkeypatch, backend):
     assert float(found.ema_params["w"]) == pytest.approx(float(state.ema_params["w"]), rel=1e-6)
 
 
-def test_one_exchange_a_step_of_the_gradient_and_the_metrics(tiny, tiny_loss):
+def test_one_exchange_a_step_of_the_gradient_and_the_metrics(one_level):
     """In the compiled program for 8 devices: a single all-reduce, of no more than the parameters and a few numbers."""
     optimizer = training.make_optimizer(1e-3, 1.0)
-    step, start = training.make_train_step(tiny_loss, optimizer, 0.9), training.init_state(tiny[1], optimizer)
+    step, start = training.make_train_step(one_level[1], optimizer, 0.9), training.init_state(one_level[0], optimizer)
     lowered = parallel.pmap_step(step).lower(parallel.replicate(start), parallel.shard(batch_of(16)), ROOT)
     found = dry_run.collectives(lowered.compile().as_text())
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(tiny[1]))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(one_level[0]))
     assert list(found) == ["all-reduce"]
     number, exchanged = found["all-reduce"]
     assert number == 1
@@ -114,11 +122,11 @@ def test_the_table_of_parameters_counts_each_part():
     assert sum(float(line.split()[-1].rstrip("%")) for line in said[1:]) == pytest.approx(100, abs=0.05 * len(said))
 
 
-def test_fault_63_the_step_compiles_once_and_uses_up_its_state(tiny, tiny_loss, compilations, tmp_path):
+def test_fault_63_the_step_compiles_once_and_uses_up_its_state(one_level, compilations, tmp_path):
     """Once also after a resume, whose arrays come from a file."""
     optimizer = training.make_optimizer(1e-3, 1.0)
-    step = parallel.pmap_step(training.make_train_step(tiny_loss, optimizer, 0.9))
-    start, batch = jax.jit(lambda: training.init_state(tiny[1], optimizer)), batch_of(16)
+    step = parallel.pmap_step(training.make_train_step(one_level[1], optimizer, 0.9))
+    start, batch = jax.jit(lambda: training.init_state(one_level[0], optimizer)), batch_of(16)
     state = parallel.replicate(start())
     with compilations() as count:
         for _ in range(3):

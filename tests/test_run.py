@@ -39,6 +39,7 @@ def samples(script, workdir, out, *options):
     return np.load(out / "samples.npz")["images"]
 
 
+@pytest.mark.slow
 def test_fault_72_samples_are_the_same_for_any_device_count_and_batch(trained, script, tmp_path):
     """To one level of 255; from the folder of the run alone."""
     one = samples(script, trained, tmp_path / "one", "--num=11", "--batch-size=4", "--cpu-devices=1", "--png", "--gif")
@@ -60,6 +61,7 @@ def test_fault_72_samples_are_the_same_for_any_device_count_and_batch(trained, s
     assert len({one.tobytes(), raw.tobytes(), seed.tobytes()}) == 3
 
 
+@pytest.mark.slow
 def test_a_run_with_labels(script, tmp_path):
     """Trained with the digits' ten classes; sampled with each in turn, and with one."""
     options = [*SMALL, "--config.train.steps=5", "--config.model.num_classes=10", f"--workdir={tmp_path}/run"]

@@ -60,7 +60,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("steps", [1, 10, 1000])
+@pytest.mark.parametrize("steps", [1, 10, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES)
 def test_gaussian_data_end_with_the_known_mean_and_variance(linear, case, steps):
     name, options, coefficients = CASES[case]
