@@ -101,7 +101,11 @@ def test_spacings_differ_only_in_how_halves_are_rounded(linear, spacing):
         if spacing == "leading" and 1000 % n:
             assert his[0] == 1 + (n - 1) * (1000 // n) <= mine[0]
             continue
-        unrounded = {"leading": mine, "trailing": 1000 - np.arange(n) * 1000 / n, "linspace": 1000 - np.arange(n) * 999 / (n - 1)}
+        unrounded = {
+            "leading": mine,
+            "trailing": 1000 - np.arange(n) * 1000 / n,
+            "linspace": 1000 - np.arange(n) * 999 / (n - 1),
+        }
         for i in np.flatnonzero(his != mine):
             assert abs(his[i] - mine[i]) == 1
             assert is_half(unrounded[spacing][i])

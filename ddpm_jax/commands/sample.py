@@ -4,9 +4,12 @@ Needs the folder of the run and nothing else. Image i of a seed is the same pict
 """
 
 import dataclasses
-import io
+import itertools
+import json
+import math
 import os
 import time
+import zlib
 from pathlib import Path
 
 from ddpm_jax import commands, errors, options
@@ -49,6 +52,9 @@ class Args(options.Arguments):
     png: bool = options.option(False, "also write each image as a PNG")
     gif: bool = options.option(False, "also write a GIF of the first batch being denoised")
     preview: bool = options.option(False, "let the GIF show x_0_hat instead of x_t")
+    shards: int = options.option(
+        0, "leave files samples-00000.npz ... of so many images each in place of samples.npz", options.at_least(0)
+    )
     overwrite: bool = options.option(False, "write into a folder that already holds samples")
     platform: str = options.option("auto", "what to run on", options.one_of("auto", "cpu", "gpu", "tpu"))
     cpu_devices: int = options.option(
@@ -58,6 +64,7 @@ class Args(options.Arguments):
 
 
 FRAMES = 40  # of the GIF
+PLACES = ("workdir", "out", "png", "overwrite", "platform", "cpu_devices", "debug")  # change no image
 
 
 def main():
@@ -65,12 +72,13 @@ def main():
 
     import numpy as np
 
-    from ddpm_jax import checkpoint, experiment, images, keys, log, parallel, program
+    from ddpm_jax import checkpoint, experiment, keys, log, parallel, program, shards, signals
 
     checkpoint.quiet()
     workdir, step = experiment.find(args.workdir, args.step)
     out, indices = Path(os.path.expanduser(args.out or workdir / "out")), np.arange(1 if args.reconstruct else args.num)
-    for name in () if args.overwrite else files(args, indices):
+    begun = (out / shards.SETTINGS).exists()  # and perhaps to be gone on with, which is seen to below
+    for name in () if args.overwrite or begun else [*files(args, indices), *(at.name for at in shards.files(out))]:
         if (out / name).exists():
             raise errors.ConfigError(f"{out} already holds samples ({name}); take another --out, or say --overwrite")
     parallel.start(args.batch_size, platform=args.platform, distributed="off", cpu_devices=args.cpu_devices)
@@ -91,38 +99,104 @@ def main():
         choose_edit(args, parts, root),
         **given,
     )
+    about = what_it_is(args, len(indices), params, step, steps)
+    size = args.shards or max(1, shards.BYTES // math.prod(parts.shape))
     with errors.writing(f"--out={out}"):
         out.mkdir(parents=True, exist_ok=True)
+        done, lines = shards.resume(out, *about.values(), size, args.overwrite)
     log.note(
         f"step {step:,} of {workdir}, {args.weights} weights, {args.sampler} with {steps} steps, {parallel.describe()}"
     )
-    clock, batches = time.monotonic(), []
-    with parallel.memory_for(f"try a --batch-size smaller than {args.batch_size}"):
-        for batch in draw(params, len(indices), args.seed, labels, args.batch_size):
-            batches.append(batch)
-            done, took = sum(map(len, batches)), time.monotonic() - clock
-            log.note(f"{done}/{len(indices)} images, {done / took:.1f} a second")
-    samples = np.concatenate([batch[:, -1] for batch in batches])
+    for line in [*lines, *([f"going on after {done:,} of {len(indices):,} images in {out}"] if done else [])]:
+        log.note(line)
+    frames, clock = [], time.monotonic()
 
-    buffer = io.BytesIO()
-    np.savez(buffer, images=samples, **({} if labels is None else {"labels": labels}))
+    def batches(first=done, count=0):
+        for batch in (
+            draw(params, len(indices), args.seed, labels, args.batch_size, first) if first < len(indices) else ()
+        ):
+            if first == count == 0:
+                frames.append(batch[:64].swapaxes(0, 1))
+            count += len(batch)
+            log.note(f"{first + count}/{len(indices)} images, {count / (time.monotonic() - clock):.1f} a second")
+            yield batch[:, -1]
+
+    def begin():
+        write_atomic(out / shards.SETTINGS, (json.dumps(about, indent=2) + "\n").encode())
+        save_gif(args, out, frames)
+
+    with (
+        signals.caught() as asked,
+        parallel.memory_for(f"try a --batch-size smaller than {args.batch_size}"),
+        errors.writing(f"--out={out}"),
+    ):
+        base, left, code = shards.write(out, batches(), parts.shape, done, size, labels, begin, asked)
+    there = base + len(left)
+    if there < len(indices):
+        log.note(f"kept {there:,} of {len(indices):,} images in {out}; the same command goes on from there")
+        return code
     with errors.writing(f"--out={out}"):
-        write_atomic(out / "samples.npz", buffer.getvalue())
-        images.save_png(out / "grid.png", images.grid(samples[:256]))
-        if args.png:
-            for index, image in zip(indices, samples, strict=True):
-                images.save_png(out / f"image_{index:06}.png", image)
-        if args.gif:
-            images.save_gif(out / "denoising.gif", [images.grid(page) for page in batches[0][:64].swapaxes(0, 1)])
-    also = ["samples.npz", *["denoising.gif"] * args.gif, *[f"{len(samples)} images alone"] * args.png]
+        if args.shards:
+            begin()
+            shards.add(out, base, size, left, labels)
+        finish(args, out, indices, labels, lambda: shards.chunks(out, base, size, left))
+        save_gif(args, out, frames)
+        if not args.shards:
+            shards.remove(out)
+    kind = f"{-(-len(indices) // size)} shards" if args.shards else "samples.npz"
+    also = [kind, *["denoising.gif"] * args.gif, *[f"{len(indices)} images alone"] * args.png]
     log.note(f"wrote {out / 'grid.png'}, {', '.join(also)}")
     return 0
 
 
 def files(args, indices):
     """The names of the files that are written."""
+    from ddpm_jax import shards
+
     pictures = [f"image_{index:06}.png" for index in indices] if args.png else []
-    return ["samples.npz", "grid.png", *pictures, *(["denoising.gif"] if args.gif else [])]
+    samples = shards.path(Path(), 0).name if args.shards else "samples.npz"
+    return [samples, "grid.png", *pictures, *(["denoising.gif"] if args.gif else [])]
+
+
+def what_it_is(args, num, params, step, steps):
+    """{"settings": all that the images depend on, "made_with": what changes them by rounding at most}."""
+    from ddpm_jax import checkpoint, parallel, trees
+
+    settings = vars(args) | {"num": num, "step": step, "steps": steps}
+    settings |= {"parameters": f"{trees.digest(params):08x}"}
+    for name in ("inpaint", "mask", "reconstruct", "interpolate"):
+        paths = [settings[name]] if isinstance(settings[name], str) else settings[name]
+        settings[name] = [f"{zlib.crc32(Path(os.path.expanduser(path)).read_bytes()):08x}" for path in paths if path]
+    made_with = checkpoint.versions() | {"devices": parallel.describe()}
+    made_with |= {name: settings[name] for name in ("batch_size", "gif", "preview")}
+    for name in (*PLACES, "batch_size", "gif", "preview"):
+        del settings[name]
+    return json.loads(json.dumps({"settings": settings, "made_with": made_with}))
+
+
+def finish(args, out, indices, labels, chunks):
+    """Write samples.npz, unless shards are to stay, and the pictures; chunks() -> the arrays of all images in turn."""
+    import numpy as np
+
+    from ddpm_jax import images, shards
+
+    def each():
+        return (image for chunk in chunks() for image in chunk)
+
+    if not args.shards:
+        others = {} if labels is None else {"labels": labels}
+        shards.save(out / "samples.npz", len(indices), chunks(), **others)
+    images.save_png(out / "grid.png", images.grid(np.stack(list(itertools.islice(each(), 256)))))
+    for index, image in zip(indices, each(), strict=True) if args.png else ():
+        images.save_png(out / f"image_{index:06}.png", image)
+
+
+def save_gif(args, out, frames):
+    """Write denoising.gif of the first batch; not where that was drawn by a command before this one."""
+    from ddpm_jax import images
+
+    if args.gif and frames:
+        images.save_gif(out / "denoising.gif", [images.grid(page) for page in frames[0]])
 
 
 def choose_labels(label, parts, indices):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ddpm_jax import shards
 from ddpm_jax.data.intake import SUFFIXES, find, fit_array, read
 from ddpm_jax.data.loader import Dataset
 from ddpm_jax.data.maps import decode, digest
@@ -33,11 +34,15 @@ def load(source: str, image_size: tuple[int, ...] = (), channels: int = 0, **opt
 def from_npz(path: str, image_size: tuple[int, ...], channels: int, **_) -> Dataset:
     """`images` (and `labels`) of an npz file, or a lone npy file, which is mapped: uint8 (N, H, W[, C]).
 
-    Where there are no names, arr_0 (and arr_1) as guided-diffusion writes samples and ADM its reference batches.
+    Where there are no such names, arr_0 (and arr_1), as guided-diffusion writes samples and ADM its reference batches.
+    Of a folder, the samples that sample.py has written there in shards.
     """
+    place = Path(path).expanduser()
     try:
-        file = np.load(Path(path).expanduser(), mmap_mode="r", allow_pickle=False)
-        arrays = {"images": file} if isinstance(file, np.ndarray) else {name: file[name] for name in file.files}
+        file = shards.load(place) if place.is_dir() else np.load(place, mmap_mode="r", allow_pickle=False)
+        arrays = {"images": file} if isinstance(file, np.ndarray) else dict(file)
+    except DataError:
+        raise
     except Exception as error:  # whatever a damaged file makes NumPy raise
         raise DataError(f"cannot read {path} as npz: {first_line(error)}") from error
     names = ("images", "labels") if "images" in arrays else ("arr_0", "arr_1")
