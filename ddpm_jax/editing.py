@@ -77,7 +77,7 @@ def resampled(times, jump=10, repeats=5):
 
 
 def from_noise(schedule, shape):
-    """The edit that begins with pure noise; warns when times[0] is one at which an image of that `shape` still shows."""
+    """The edit that begins with pure noise; warns where an image of that `shape` still shows at times[0]."""
 
     def edit(sampler, times):
         warn_of_start(schedule, times[0])

@@ -17,7 +17,7 @@ def write_atomic(path, data):
 
 @contextlib.contextmanager
 def atomic(path):
-    """An open file for the bytes of `path`: a temporary one beside it, synced and then renamed if the body ends well."""
+    """An open file for the bytes of `path`: a temporary one beside it, synced and renamed if the body ends well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")

@@ -15,7 +15,7 @@ import numpy as np
 
 from ddpm_jax import trees
 from ddpm_jax.errors import ConfigError, DataError, first_line
-from ddpm_jax.files import atomic, write_atomic
+from ddpm_jax.files import atomic
 
 SETTINGS, PATTERN = "samples.json", "samples-[0-9]*.npz"
 BYTES = 2**26  # of a shard's images, unless their number is asked for
@@ -93,10 +93,10 @@ def write(
     start: Callable[[], None] = lambda: None,
     asked: Callable[[], int | None] = lambda: None,
 ) -> tuple[int, np.ndarray, int | None]:
-    """(number of images in full shards, those after them, exit code): write shards from image `done` on, as `batches` (b, H, W, C) come.
+    """(number of images in full shards, those after them, exit code) of `batches` (b, H, W, C) from image `done` on.
 
-    A shard that is not full is written once a minute, and when asked() gives an exit code, after which no further batch
-    is taken. start() is called before shards are written: of few images that come fast there are none.
+    Shards are written as they come; one that is not full once a minute, and when asked() gives an exit code, after which
+    no further batch is taken. start() is called before shards are written: of few images that come fast there are none.
     """
     base, code, last = done // size * size, None, time.monotonic()
     pending = [_read(path(folder, done // size))["images"] if done % size else np.zeros((0, *shape), np.uint8)]
@@ -159,7 +159,7 @@ def remove(folder: Path) -> None:
 
 
 def save(file: Path, num: int, chunks: Iterable[np.ndarray], **others: np.ndarray) -> None:
-    """An npz file of `num` images, uint8 (num, H, W, C), that come in chunks, and other arrays, as np.savez writes it."""
+    """Write `num` images, uint8 (num, H, W, C), that come in chunks, and other arrays as np.savez does."""
     with atomic(file) as out, zipfile.ZipFile(out, "w") as archive:
         header = None
         with archive.open("images.npy", "w", force_zip64=True) as member:

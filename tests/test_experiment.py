@@ -116,7 +116,7 @@ def test_json_keeps_own_betas():
 
 
 def test_a_start_from_noise_below_T_is_warned_of_wherever_it_can_be_chosen(recwarn):
-    """In 2 steps of spacing leading at t = 501; not of an edit that begins there on purpose, nor of the error in eps."""
+    """In 2 steps of spacing leading at t = 501; not of an edit that begins there on purpose, nor of mse."""
     parts, x = made(), jax.numpy.zeros(SHAPE)
     pair = editing.interpolate(parts.schedule, 300, jax.random.key(0), x, x, 3)
     experiment.make_generate(parts, "ddim", 2, "leading", edit=pair)

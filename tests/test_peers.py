@@ -9,7 +9,8 @@ Differences of convention, each of which a test here states:
 - DDIM's steps: theirs always go T // n down, ours to the next time; the same where n divides T. Their
   set_alpha_to_one=True ends at clean data, as ours always does.
 - Spacings: "leading" is the same table where n divides T, elsewhere theirs begins lower; "trailing" and "linspace" are
-  the same but for times halfway between two whole ones, which are rounded to either side. For some n (61, 103 ...) their "trailing" has n + 1 times.
+  the same but for times halfway between two whole ones, which are rounded to either side. For some n (61, 103 ...)
+  their "trailing" has n + 1 times.
 - Dynamic thresholding: their sample_max_value caps the threshold, by default at 1, which is plain clipping.
 - RePaint: the same times with spacing "leading". They draw one noise for the known part and the painted one, and go up
   in single steps, each with the beta of the time below; we draw two, and go up at once with the betas of those steps.
@@ -88,8 +89,8 @@ def is_half(number):
 def test_spacings_differ_only_in_how_halves_are_rounded(linear, spacing):
     """For all numbers of steps but those for which their "trailing" has one time too many, by a rounding error.
 
-    Their "linspace" of one step stands at the least noise, ours at the most. Their "leading" has a whole stride, so that
-    it begins far below T where the number of steps does not divide T.
+    Their "linspace" of one step stands at the least noise, ours at the most. Their "leading" has a whole stride, so
+    that it begins far below T where the number of steps does not divide T.
     """
     scheduler, too_many = diffusers.DDPMScheduler(timestep_spacing=spacing), 0
     for n in range(2, 1001):

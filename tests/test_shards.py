@@ -41,7 +41,7 @@ def whole(given, tmp_path_factory):
     return (out / "samples.npz").read_bytes()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=["75", "130"])
 def test_fault_78_interrupted_samples_are_kept_and_gone_on_with(
     call, given, whole, tmp_path, monkeypatch, number, code
 ):
@@ -72,7 +72,28 @@ def test_fault_78_interrupted_samples_are_kept_and_gone_on_with(
     assert (out / "samples.npz").read_bytes() == whole
 
 
-def test_fault_78_killed_at_any_moment(call, given, whole, tmp_path, monkeypatch):
+@pytest.fixture
+def drawn(monkeypatch):
+    """Pictures that are random functions of (seed, index) in the place of the network's; the one file of them all."""
+
+    def make_draw(*args, **options):
+        def draw(params, num, seed, labels, batch_size, start):
+            images = np.random.default_rng(seed).integers(0, 256, (num, 1, 4, 4, 1), np.uint8)
+            return (images[at : min(at + batch_size, num)] for at in range(start, num, batch_size))
+
+        return draw
+
+    monkeypatch.setattr(program, "make_draw", make_draw)
+    return {"images": np.random.default_rng(0).integers(0, 256, (NUM, 4, 4, 1), np.uint8), "labels": np.arange(NUM) % 3}
+
+
+def assert_same(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name in found:
+        np.testing.assert_array_equal(found[name], wanted[name])
+
+
+def test_fault_78_killed_at_any_moment(call, given, drawn, tmp_path, monkeypatch):
     """Killed, here by an exception, after a random number of written shards, again and again; one shard is damaged."""
     monkeypatch.setattr(shards, "SECONDS", 0.0)  # each batch is written
     monkeypatch.setattr(shards, "BYTES", 12 * 16)  # twelve images a shard
@@ -97,11 +118,11 @@ def test_fault_78_killed_at_any_moment(call, given, whole, tmp_path, monkeypatch
         if kills == 2:
             shards.files(tmp_path)[-1].write_bytes(b"damaged")
     assert kills > 2
-    assert (tmp_path / "samples.npz").read_bytes() == whole
+    assert_same(dict(np.load(tmp_path / "samples.npz")), drawn)
     assert names(tmp_path) == ["grid.png", "samples.npz"]
 
 
-def test_fault_78_only_the_same_samples_are_gone_on_with(call, given, tmp_path):
+def test_fault_78_only_the_same_samples_are_gone_on_with(call, given, drawn, tmp_path):
     """By name of what differs; devices and batches are told. --overwrite begins anew."""
     shard = [*given, "--shards=16", f"--out={tmp_path}"]
     assert call(sample, *shard)[0] == 0
@@ -122,18 +143,14 @@ def test_fault_78_only_the_same_samples_are_gone_on_with(call, given, tmp_path):
     assert "samples.json is damaged" in call(sample, *shard)[2]
 
 
-def test_shards_hold_what_the_one_file_holds(call, given, whole, tmp_path):
+def test_shards_hold_what_the_one_file_holds(call, given, drawn, tmp_path):
     """Of any size, with their labels; evaluate.py takes the folder as it takes the file, and tells when one is gone."""
-    (tmp_path / "whole.npz").write_bytes(whole)
-    wanted = dict(np.load(tmp_path / "whole.npz"))
+    np.savez(tmp_path / "whole.npz", **drawn)
     out = tmp_path / "out"
     assert call(sample, *given, "--shards=15", f"--out={out}")[0] == 0
     assert names(out) == ["grid.png", *(f"samples-0000{i}.npz" for i in range(3)), "samples.json"]
     assert [len(np.load(path)["images"]) for path in shards.files(out)] == [15, 15, 10]
-    found = shards.load(out)
-    assert found.keys() == wanted.keys() == {"images", "labels"}
-    for name in found:
-        np.testing.assert_array_equal(found[name], wanted[name])
+    assert_same(shards.load(out), drawn)
     judged = []
     for samples in (tmp_path / "whole.npz", out):
         options = [f"--samples={samples}", f"--reference=npz:{samples}", "--metrics=moments"]

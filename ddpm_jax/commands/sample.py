@@ -9,6 +9,7 @@ import json
 import math
 import os
 import time
+import warnings
 import zlib
 from pathlib import Path
 
@@ -239,7 +240,7 @@ def choose_edit(args, parts, root):
         pictures = [read(path, parts.shape) for path in args.interpolate]
         return editing.interpolate(parts.schedule, level, keys.named(root, "pair"), *pictures, args.num)
     if args.inpaint:
-        known, mask = read(args.inpaint, parts.shape), read(args.mask, parts.shape) < 0
+        known, mask = read(args.inpaint, parts.shape), read_mask(args.mask, args.inpaint, parts.shape)
         return editing.inpaint(parts.schedule, known, mask, args.jump, args.repeats)
     if args.reconstruct:
         if args.sampler != "ddim" or args.eta:
@@ -250,9 +251,47 @@ def choose_edit(args, parts, root):
 
 def read(path, shape):
     """A picture file in the shape of the model's images, in [-1, 1]."""
-    from ddpm_jax import data, images
+    from ddpm_jax import data, images, log
 
     try:
-        return images.to_unit(data.read(path, shape[:2], shape[-1]))
+        height, width = data.read(path, (), shape[-1]).shape[:2]
+        picture = images.to_unit(data.read(path, shape[:2], shape[-1]))
     except Exception as error:  # Pillow raises whatever a broken file brings about
         raise errors.DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    scale = min(height / shape[0], width / shape[1])
+    if (height, width) != (round(scale * shape[0]), round(scale * shape[1])):
+        log.note(f"of {path}, {width}x{height}, the central {scale * shape[1]:.0f}x{scale * shape[0]:.0f} are taken")
+    return picture
+
+
+def read_mask(path, known, shape):
+    """The mask of the picture `known` in the model's shape, true where that is kept: where it is more than half black.
+
+    Raises ConfigError for one of other proportions than the picture, of which another part would be cut; for one that
+    keeps all or nothing; and for transparent parts, which could mean either.
+    """
+    import numpy as np
+    from PIL import Image
+
+    from ddpm_jax import data
+
+    levels = (read(path, shape) + 1) / 2
+    (height, width), (down, across) = (data.read(file, (), shape[-1]).shape[:2] for file in (known, path))
+    if abs(height * across - width * down) > max(height, width, down, across):  # by more than rounding
+        raise errors.ConfigError(
+            f"--inpaint={known} is {width}x{height}, --mask={path} {across}x{down}: other parts of them would be cut for "
+            f"the model's {shape[1]}x{shape[0]}; give both the same size, or crop both to that one"
+        )
+    with Image.open(os.path.expanduser(path)) as picture:
+        if picture.has_transparency_data and picture.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+            raise errors.ConfigError(f"--mask={path} has transparent parts; save it as black (kept) and white, opaque")
+    if np.all(levels < 0.5) or np.all(levels >= 0.5):
+        what = "black, so that nothing is painted" if levels[0, 0, 0] < 0.5 else "white, so that nothing is kept"
+        low, high = (255 * float(level) for level in (levels.min(), levels.max()))
+        raise errors.ConfigError(f"--mask={path} is all {what} (levels {low:.0f} to {high:.0f} of 255)")
+    gray = np.mean((levels > 0.25) & (levels < 0.75))
+    if gray > 0.25:
+        warnings.warn(
+            f"--mask={path} is gray in {gray:.0%} of its pixels; what is more than half white is painted", stacklevel=2
+        )
+    return levels < 0.5

@@ -49,7 +49,7 @@ def from_npz(path: str, image_size: tuple[int, ...], channels: int, **_) -> Data
     others = [name for name in arrays if name.startswith("arr_") and name not in names]
     if names[0] not in arrays or (others and names[0] == "arr_0"):
         raise DataError(f"{path} has no array 'images'; it has {', '.join(arrays) or 'nothing'}")
-    images, labels = (arrays.get(name) for name in names)
+    images, labels = arrays[names[0]], arrays.get(names[1])
     if images.dtype != np.uint8:
         values = f" from {images.min()} to {images.max()}" if images.dtype.kind in "fiub" and images.size else ""
         raise DataError(f"{names[0]} of {path} are {images.dtype}{values}; scale to 0..255, round, save as uint8")
