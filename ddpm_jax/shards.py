@@ -95,8 +95,8 @@ def write(
 ) -> tuple[int, np.ndarray, int | None]:
     """(number of images in full shards, those after them, exit code) of `batches` (b, H, W, C) from image `done` on.
 
-    Shards are written as they come; one that is not full once a minute, and when asked() gives an exit code, after which
-    no further batch is taken. start() is called before shards are written: of few images that come fast there are none.
+    Shards are written as they come; one that is not full once a minute, and when asked() gives an exit code, after
+    which no further batch is taken. start() is called before that: of few images that come fast there are no shards.
     """
     base, code, last = done // size * size, None, time.monotonic()
     pending = [_read(path(folder, done // size))["images"] if done % size else np.zeros((0, *shape), np.uint8)]

@@ -113,9 +113,8 @@ def main():
     frames, clock = [], time.monotonic()
 
     def batches(first=done, count=0):
-        for batch in (
-            draw(params, len(indices), args.seed, labels, args.batch_size, first) if first < len(indices) else ()
-        ):
+        more = first < len(indices)
+        for batch in draw(params, len(indices), args.seed, labels, args.batch_size, first) if more else ():
             if first == count == 0:
                 frames.append(batch[:64].swapaxes(0, 1))
             count += len(batch)
@@ -279,8 +278,8 @@ def read_mask(path, known, shape):
     (height, width), (down, across) = (data.read(file, (), shape[-1]).shape[:2] for file in (known, path))
     if abs(height * across - width * down) > max(height, width, down, across):  # by more than rounding
         raise errors.ConfigError(
-            f"--inpaint={known} is {width}x{height}, --mask={path} {across}x{down}: other parts of them would be cut for "
-            f"the model's {shape[1]}x{shape[0]}; give both the same size, or crop both to that one"
+            f"--inpaint={known} is {width}x{height}, --mask={path} {across}x{down}: other parts of them would be cut "
+            f"for the model's {shape[1]}x{shape[0]}; give both the same size, or crop both to that one"
         )
     with Image.open(os.path.expanduser(path)) as picture:
         if picture.has_transparency_data and picture.convert("RGBA").getchannel("A").getextrema()[0] < 255:
