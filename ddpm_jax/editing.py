@@ -1,7 +1,7 @@
 """Pictures from pictures: encode, interpolate, paint in. Each is a start, a sampler or times for samplers.follow.
 
-An edit is (sampler, times) -> (sampler, times, start), start(predict, key, index) -> x at times[0]: what
-experiment.make_generate puts in the place of pure noise.
+An edit is (sampler, times) -> (sampler, times, start), start(predict, key, index) -> x at times[0], for
+experiment.make_generate; `from_noise` is that of plain sampling.
 """
 
 import jax
@@ -12,6 +12,7 @@ from jax import lax
 from ddpm_jax.diffusion import alpha_sigma, q_sample
 from ddpm_jax.keys import named
 from ddpm_jax.samplers import follow, pure_noise
+from ddpm_jax.schedules.report import warn_of_start
 
 
 def encode(predict, sampler, schedule, times, x_0):
@@ -75,6 +76,16 @@ def resampled(times, jump=10, repeats=5):
     return np.array(path)
 
 
+def from_noise(schedule, shape):
+    """The edit that begins with pure noise; warns where an image of that `shape` still shows at times[0]."""
+
+    def edit(sampler, times):
+        warn_of_start(schedule, times[0])
+        return sampler, times, lambda predict, key, index: pure_noise(key, shape)
+
+    return edit
+
+
 def reconstruct(schedule, x_0):
     """The edit that leads from x_0 up to noise and back (see `encode`)."""
 
@@ -101,6 +112,6 @@ def inpaint(schedule, known, mask, jump, repeats):
 
     def edit(sampler, times):
         way = resampled(times, jump, repeats)
-        return inpainted(sampler, schedule, known, mask), way, lambda predict, key, _: pure_noise(key, known.shape)
+        return from_noise(schedule, known.shape)(inpainted(sampler, schedule, known, mask), way)
 
     return edit

@@ -16,6 +16,7 @@ from ddpm_jax import (
     checkpoint,
     conditioning,
     diffusion,
+    editing,
     keys,
     likelihood,
     samplers,
@@ -323,10 +324,6 @@ def make_generate(
     elif preview:
         sampler = samplers.with_preview(sampler)
     times = schedule.times(steps, spacing)
-    sampler, times, start = edit(sampler, times) if edit else (sampler, times, _from_noise(experiment.shape))
+    sampler, times, start = (edit or editing.from_noise(schedule, experiment.shape))(sampler, times)
     view = (lambda x, memory: memory[1]) if preview else (lambda x, memory: x)
     return samplers.make_generate(denoiser, sampler, times, start, frames, view)
-
-
-def _from_noise(shape):
-    return lambda predict, key, index: samplers.pure_noise(key, shape)

@@ -10,13 +10,20 @@ from ddpm_jax.errors import ConfigError
 
 
 def write_atomic(path, data):
-    """Write bytes to `path` by way of a temporary file beside it, synced and then renamed."""
+    """Write bytes to `path` as `atomic` does."""
+    with atomic(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """An open file for the bytes of `path`: a temporary one beside it, synced and renamed if the body ends well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)

@@ -79,7 +79,7 @@ def _ensemble(parts, dataset):
 
 
 def make_draw(parts: Experiment, sampler: str, steps: int, *args, **options) -> Callable:
-    """draw(params, num, seed=0, labels=None, batch_size=64): the first `num` images of a seed, batch after batch.
+    """draw(params, num, seed=0, labels=None, batch_size=64, start=0): images `start` to `num` of a seed, in batches.
 
     Arrays uint8 (b, frames, H, W, C), a sample and the way to it; a model with classes is given them in turn where
     there are no labels. The arguments are those of experiment.make_generate. Raises Diverged when a picture is not
@@ -87,9 +87,9 @@ def make_draw(parts: Experiment, sampler: str, steps: int, *args, **options) -> 
     """
     generate = parallel.pmap_generate(experiment.make_generate(parts, sampler, steps, *args, **options))
 
-    def draw(params, num, seed=0, labels=None, batch_size=64):
-        indices, root = np.arange(num), keys.root(seed, "sample")
-        labels = experiment.labels_in_turn(parts, indices) if labels is None else labels
+    def draw(params, num, seed=0, labels=None, batch_size=64, start=0):
+        indices, root = np.arange(start, num), keys.root(seed, "sample")
+        labels = experiment.labels_in_turn(parts, indices) if labels is None else labels[start:]
         return parallel.generate_batches(generate, parallel.replicate(params), root, indices, labels, batch_size)
 
     return draw

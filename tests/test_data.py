@@ -350,6 +350,9 @@ GRAY = np.zeros((3, 4, 4), np.uint8)
         pytest.param({"images": GRAY + np.float32(1)}, "float32 from 1.0 to 1.0.*save as uint8", id="fault_57 0..1"),
         pytest.param({"images": GRAY.astype(np.int64) + 7}, "int64 from 7 to 7.*as uint8", id="fault_57 int64"),
         ({"data": GRAY}, "no array 'images'; it has data"),
+        ({"arr_0": GRAY, "arr_1": np.arange(3), "arr_2": GRAY}, "no array 'images'; it has arr_0, arr_1, arr_2"),
+        ({"arr_0": GRAY, "arr_1": GRAY}, r"arr_1 of a\.npz are uint8 of shape \(3, 4, 4\), not whole numbers, one for"),
+        ({"arr_0": GRAY / 255}, r"arr_0 of a\.npz are float64 from 0\.0 to 0\.0; scale"),
         ({"images": GRAY[0]}, r"shape \(4, 4\)"),
         ({"images": GRAY[..., None].repeat(4, 3)}, r"shape \(3, 4, 4, 4\)"),
         ({"images": GRAY, "labels": np.arange(2)}, r"labels.*shape \(2,\).*3 images"),
@@ -363,6 +366,18 @@ def test_npz_that_cannot_be_used(tmp_path, monkeypatch, arrays, fragment):
         load("npz:a.npz")
     assert "\n" not in str(caught.value)
     assert not Path("canary").exists()
+
+
+def test_npz_of_other_samplers(tmp_path):
+    """np.savez(path, images, labels) of guided-diffusion; ADM's reference batches have moments beside arr_0."""
+    images = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), np.uint8)
+    np.savez(tmp_path / "samples.npz", images, np.arange(5))
+    moments = dict.fromkeys(("mu", "sigma", "mu_s", "sigma_s"), np.zeros((2, 2)))
+    np.savez(tmp_path / "reference.npz", arr_0=images, **moments)
+    for name, labels in (("samples", list(range(5))), ("reference", None)):
+        found = load(f"npz:{tmp_path / name}.npz")
+        np.testing.assert_array_equal(found.images, images)
+        assert (found.labels is None) if labels is None else (found.labels.tolist() == labels)
 
 
 def test_npz_that_claims_to_be_huge(tmp_path):

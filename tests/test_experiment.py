@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from conftest import TINY
 
-from ddpm_jax import config, experiment, schedules
+from ddpm_jax import config, editing, experiment, schedules
 from ddpm_jax.errors import ConfigError
+from ddpm_jax.reports import likelihood
 
 SHAPE = (8, 8, 1)
 
@@ -118,3 +119,23 @@ def test_a_picture_of_a_continuous_schedule():
 def test_json_keeps_own_betas():
     given = config.Config(diffusion=config.Diffusion(T=100, betas=tuple(np.geomspace(1e-4, 0.1, 100))))
     assert config.from_json(config.to_json(given)) == given
+
+
+def test_a_start_from_noise_below_T_is_warned_of_wherever_it_can_be_chosen(recwarn):
+    """In 2 steps of spacing leading at t = 501; not of an edit that begins there on purpose, nor of mse."""
+    parts, x = made(), jax.numpy.zeros(SHAPE)
+    pair = editing.interpolate(parts.schedule, 300, jax.random.key(0), x, x, 3)
+    experiment.make_generate(parts, "ddim", 2, "leading", edit=pair)
+    experiment.make_generate(parts, "ddim", 2, "leading", edit=editing.reconstruct(parts.schedule, x))
+    experiment.make_generate(parts, "ddim", 501, "leading")
+    likelihood.make_plan(parts, ["mse"], 2, "leading")
+    assert not recwarn
+    for start in (
+        lambda: experiment.make_generate(parts, "ddim", 2, "leading"),
+        lambda: experiment.make_generate(
+            parts, "ddim", 2, "leading", edit=editing.inpaint(parts.schedule, x, x < 1, 1, 2)
+        ),
+        lambda: likelihood.make_plan(parts, ["nll"], 2, "leading"),
+    ):
+        with pytest.warns(UserWarning, match=r"pure noise is taken for x_t at t = 501 of 1000, which keeps 7\.8%"):
+            start()

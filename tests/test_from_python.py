@@ -51,10 +51,10 @@ def test_a_restored_run_brings_no_warnings_of_orbax(run, caplog):
 def test_draw_is_sample(run, call, tmp_path):
     """With other options than its own, and labels in turn; the run was made by hand, for tiny images."""
     parts, params, _ = experiment.restore(run[0], "ema")
-    options_of = ["--num=5", "--seed=3", "--sampler=ddim", "--steps=4", "--eta=0.5", "--spacing=leading"]
+    options_of = ["--num=5", "--seed=3", "--sampler=ddim", "--steps=4", "--eta=0.5", "--spacing=linspace"]
     assert call(sample, f"--workdir={run[0]}", f"--out={tmp_path}", *options_of)[0] == 0
     wanted = np.load(tmp_path / "samples.npz")["images"]
-    own = {"sampler": "ddim", "steps": 4, "eta": 0.5, "spacing": "leading"}
+    own = {"sampler": "ddim", "steps": 4, "eta": 0.5, "spacing": "linspace"}
     found = program.draw(parts, params, 5, seed=3, batch_size=3, **own)
     assert np.abs(found.astype(int) - wanted).max() <= 1
     assert np.abs(found.astype(int) - program.draw(parts, params, 5, **own)).max() > 1

@@ -109,6 +109,34 @@ def test_harmless_keys_are_taken(folder):
     assert released.read(folder).config == config
 
 
+EMA = {  # as EMAModel.save_pretrained of diffusers 0.42 writes them into config.json
+    "decay": 0.9999,
+    "inv_gamma": 1.0,
+    "min_decay": 0.0,
+    "optimization_step": 500,
+    "power": 0.75,
+    "update_after_step": 0,
+    "use_ema_warmup": True,
+}
+
+
+def test_an_average_in_the_folders_of_a_training_run(folder, tmp_path):
+    """RUN/checkpoint-500 has unet, unet_ema and no scheduler; RUN/scheduler is written at the end, beside them."""
+    wanted, checkpoint = released.read(folder), tmp_path / "theirs" / "checkpoint-500"
+    for name in ("unet", "unet_ema"):
+        shutil.copytree(folder, checkpoint / name, ignore=lambda *_: ["scheduler_config.json"])
+    edit(checkpoint / "unet_ema" / "config.json", **EMA)
+    with pytest.raises(ConfigError, match=f"there is no {checkpoint}/unet_ema/scheduler_config.json"):
+        released.read(checkpoint / "unet_ema")
+    (tmp_path / "theirs" / "scheduler").mkdir()
+    noise = shutil.copy(folder / "scheduler_config.json", tmp_path / "theirs" / "scheduler")
+    found = released.read(checkpoint / "unet_ema")
+    assert found.config == wanted.config
+    assert found.notes == [f"the noise is that of {noise}"]
+    average = f"{checkpoint}/unet_ema, an average of the parameters, is left out; import that folder to take it instead"
+    assert released.read(checkpoint).notes == [*found.notes, average]
+
+
 def test_what_belongs_to_sampling_is_said(folder):
     edit(folder / "scheduler_config.json", clip_sample=False, timestep_spacing="trailing")
     assert released.read(folder).sampling == " --spacing=trailing --limit=none"

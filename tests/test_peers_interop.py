@@ -208,3 +208,21 @@ def test_a_pipeline_and_our_sampler_make_the_same_pictures(call, tmp_path, optio
         for (t, s), noise in zip(itertools.pairwise(times), noises[1:], strict=True):
             x = step(x, t, s, noise[i])
         assert np.abs(np.asarray(images.to_uint8(x)).astype(int) - made[0][i]).max() <= 1
+
+
+def test_an_average_that_their_training_saved(tmp_path):
+    """EMAModel.save_pretrained after some updates: our import has the averaged parameters, bit for bit."""
+    from diffusers.training_utils import EMAModel
+
+    net = their_net(CIFAR10 | TINY)
+    average = EMAModel(net.parameters(), use_ema_warmup=True, model_cls=diffusers.UNet2DModel, model_config=net.config)
+    for seed in (1, 2):
+        average.step(their_net(CIFAR10 | TINY, seed).parameters())
+    average.save_pretrained(tmp_path / "unet_ema")
+    diffusers.DDPMScheduler().save_pretrained(tmp_path / "scheduler")
+    found = released.read(tmp_path / "unet_ema")
+    assert found.config == layout.from_diffusers(CIFAR10 | TINY, OLD_SCHEDULER)[0]
+    names = [name for name, _ in net.named_parameters()]
+    assert set(names) == found.arrays.keys()
+    for name, leaf in zip(names, average.shadow_params, strict=True):
+        np.testing.assert_array_equal(found.arrays[name], leaf.numpy())

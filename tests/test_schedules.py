@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy
+from gaussian import exact
 from PIL import Image
 
-from ddpm_jax import schedules
+from ddpm_jax import samplers, schedules
 from ddpm_jax.errors import ConfigError
 from ddpm_jax.schedules import report
 
@@ -92,7 +93,8 @@ def test_times_fall_for_every_number_of_steps(T, spacing):
             assert np.ptp(np.diff(times)) <= 1
         elif spacing == "leading":
             assert times[-2] == 1
-            assert set(np.diff(times[:-1])) <= {-(T // n)}
+            assert T - times[0] < T / n
+            assert n == 1 or np.ptp(np.diff(times[:-1])) <= (T % n > 0)
         else:
             assert times[0] == T or T == 1
             assert times[-2] == 1 or n == 1
@@ -302,6 +304,30 @@ def test_signal_left_at_T_is_warned_of(recwarn):
     assert not recwarn
     with pytest.warns(UserWarning, match=r"x_T keeps 13\.[0-9]% of the image's variance"):
         report.warn_of_signal(schedules.from_betas(schedules.linear_betas(200, scale=False)))
+
+
+@pytest.mark.parametrize("n", [40, 334, 500, 501, 700])
+def test_every_spacing_starts_where_pure_noise_belongs(linear, n):
+    """The exact denoiser of data N(0.5, 0.5^2) ends at their mean, which a start from noise at a lower t pulls to 0.
+
+    In 501 steps from t = 501, where 28 % of the image's amplitude is left, at 0.36.
+    """
+    key = jax.random.key(0)
+    for spacing in schedules.SPACINGS:
+        x_0 = samplers.sample(exact(linear, 0.5, 0.5), samplers.ddim(linear), linear.times(n, spacing), key, (10_000,))
+        assert np.mean(x_0) == pytest.approx(0.5, abs=0.015), spacing
+
+
+def test_a_start_from_noise_where_an_image_still_shows_is_warned_of(linear, recwarn):
+    for t in (1000, 950):
+        report.warn_of_start(linear, t)
+    report.warn_of_start(schedules.from_betas(schedules.linear_betas(200, scale=False)), 200)  # see warn_of_signal
+    assert not recwarn
+    left = np.prod(1 - np.linspace(1e-4, 0.02, 1000)[:501])
+    with pytest.warns(UserWarning, match=f"x_t at t = 501 of 1000, which keeps {left:.1%} of the image's variance"):
+        report.warn_of_start(linear, np.int32(501))
+    with pytest.warns(UserWarning, match=r"x_t at t = 0\.5 of 1, which keeps 7\.9%"):  # exp(-(0.1 + 19.9 / 4) / 2)
+        report.warn_of_start(schedules.make_schedule("vp"), 0.5)
 
 
 def test_the_report_is_printed_and_drawn(tmp_path):

@@ -40,7 +40,7 @@ class Args(options.Arguments):
     sampler: str = options.option("ddpm", "of the samples, a name in ddpm_jax.samplers.SAMPLERS")
     steps: int = options.option(0, "steps of nll, mse and the samples; 0 for all T", options.at_least(0))
     spacing: str = options.option("trailing", "of these steps, a name in ddpm_jax.schedules.SPACINGS")
-    samples: str = options.option("", "an npz file of images to judge in place of the run's samples")
+    samples: str = options.option("", "an npz file of images, or a folder of shards, to judge in place of the run's")
     reference: str = options.option(
         "", "what samples are held against, spelled as data.source; the run's own data when empty"
     )
@@ -74,7 +74,9 @@ def main():
 
     checkpoint.quiet()
     workdir, step = (None, None) if args.samples else experiment.find(args.workdir, args.step)
-    beside = Path(args.samples).with_suffix(".json") if args.samples else workdir / "evaluation.json"
+    samples = Path(args.samples).expanduser()
+    beside = samples.with_suffix(".json") if samples.is_file() else samples / "evaluation.json"
+    beside = beside if args.samples else workdir / "evaluation.json"
     out = Path(os.path.expanduser(args.out or beside))
     if out.exists() and not out.is_file():
         raise errors.ConfigError(f"--out={out} is a folder or a device; give the name of a file")
@@ -147,7 +149,7 @@ def on_samples(args):
 
     of_run, told = asked(args, LIKELIHOOD), {"samples": args.samples}
     if of_run:
-        raise errors.ConfigError(f"--samples is a file of images, but {', '.join(of_run)} is measured on a run")
+        raise errors.ConfigError(f"--samples is of images, but {', '.join(of_run)} is measured on a run")
     images = data.load(f"npz:{args.samples}").images
     if args.data:
         raise errors.ConfigError(f"--data={args.data} is of a run; what --samples are held against is --reference")

@@ -4,9 +4,13 @@ Needs the folder of the run and nothing else. Image i of a seed is the same pict
 """
 
 import dataclasses
-import io
+import itertools
+import json
+import math
 import os
 import time
+import warnings
+import zlib
 from pathlib import Path
 
 from ddpm_jax import commands, errors, options
@@ -49,6 +53,9 @@ class Args(options.Arguments):
     png: bool = options.option(False, "also write each image as a PNG")
     gif: bool = options.option(False, "also write a GIF of the first batch being denoised")
     preview: bool = options.option(False, "let the GIF show x_0_hat instead of x_t")
+    shards: int = options.option(
+        0, "leave files samples-00000.npz ... of so many images each in place of samples.npz", options.at_least(0)
+    )
     overwrite: bool = options.option(False, "write into a folder that already holds samples")
     platform: str = options.option("auto", "what to run on", options.one_of("auto", "cpu", "gpu", "tpu"))
     cpu_devices: int = options.option(
@@ -58,6 +65,7 @@ class Args(options.Arguments):
 
 
 FRAMES = 40  # of the GIF
+PLACES = ("workdir", "out", "png", "overwrite", "platform", "cpu_devices", "debug")  # change no image
 
 
 def main():
@@ -65,12 +73,13 @@ def main():
 
     import numpy as np
 
-    from ddpm_jax import checkpoint, experiment, images, keys, log, parallel, program
+    from ddpm_jax import checkpoint, experiment, keys, log, parallel, program, shards, signals
 
     checkpoint.quiet()
     workdir, step = experiment.find(args.workdir, args.step)
     out, indices = Path(os.path.expanduser(args.out or workdir / "out")), np.arange(1 if args.reconstruct else args.num)
-    for name in () if args.overwrite else files(args, indices):
+    begun = (out / shards.SETTINGS).exists()  # and perhaps to be gone on with, which is seen to below
+    for name in () if args.overwrite or begun else [*files(args, indices), *(at.name for at in shards.files(out))]:
         if (out / name).exists():
             raise errors.ConfigError(f"{out} already holds samples ({name}); take another --out, or say --overwrite")
     parallel.start(args.batch_size, platform=args.platform, distributed="off", cpu_devices=args.cpu_devices)
@@ -91,38 +100,103 @@ def main():
         choose_edit(args, parts, root),
         **given,
     )
+    about = what_it_is(args, len(indices), params, step, steps)
+    size = args.shards or max(1, shards.BYTES // math.prod(parts.shape))
     with errors.writing(f"--out={out}"):
         out.mkdir(parents=True, exist_ok=True)
+        done, lines = shards.resume(out, *about.values(), size, args.overwrite)
     log.note(
         f"step {step:,} of {workdir}, {args.weights} weights, {args.sampler} with {steps} steps, {parallel.describe()}"
     )
-    clock, batches = time.monotonic(), []
-    with parallel.memory_for(f"try a --batch-size smaller than {args.batch_size}"):
-        for batch in draw(params, len(indices), args.seed, labels, args.batch_size):
-            batches.append(batch)
-            done, took = sum(map(len, batches)), time.monotonic() - clock
-            log.note(f"{done}/{len(indices)} images, {done / took:.1f} a second")
-    samples = np.concatenate([batch[:, -1] for batch in batches])
+    for line in [*lines, *([f"going on after {done:,} of {len(indices):,} images in {out}"] if done else [])]:
+        log.note(line)
+    frames, clock = [], time.monotonic()
 
-    buffer = io.BytesIO()
-    np.savez(buffer, images=samples, **({} if labels is None else {"labels": labels}))
+    def batches(first=done, count=0):
+        more = first < len(indices)
+        for batch in draw(params, len(indices), args.seed, labels, args.batch_size, first) if more else ():
+            if first == count == 0:
+                frames.append(batch[:64].swapaxes(0, 1))
+            count += len(batch)
+            log.note(f"{first + count}/{len(indices)} images, {count / (time.monotonic() - clock):.1f} a second")
+            yield batch[:, -1]
+
+    def begin():
+        write_atomic(out / shards.SETTINGS, (json.dumps(about, indent=2) + "\n").encode())
+        save_gif(args, out, frames)
+
+    with (
+        signals.caught() as asked,
+        parallel.memory_for(f"try a --batch-size smaller than {args.batch_size}"),
+        errors.writing(f"--out={out}"),
+    ):
+        base, left, code = shards.write(out, batches(), parts.shape, done, size, labels, begin, asked)
+    there = base + len(left)
+    if there < len(indices):
+        log.note(f"kept {there:,} of {len(indices):,} images in {out}; the same command goes on from there")
+        return code
     with errors.writing(f"--out={out}"):
-        write_atomic(out / "samples.npz", buffer.getvalue())
-        images.save_png(out / "grid.png", images.grid(samples[:256]))
-        if args.png:
-            for index, image in zip(indices, samples, strict=True):
-                images.save_png(out / f"image_{index:06}.png", image)
-        if args.gif:
-            images.save_gif(out / "denoising.gif", [images.grid(page) for page in batches[0][:64].swapaxes(0, 1)])
-    also = ["samples.npz", *["denoising.gif"] * args.gif, *[f"{len(samples)} images alone"] * args.png]
+        if args.shards:
+            begin()
+            shards.add(out, base, size, left, labels)
+        finish(args, out, indices, labels, lambda: shards.chunks(out, base, size, left))
+        save_gif(args, out, frames)
+        if not args.shards:
+            shards.remove(out)
+    kind = f"{-(-len(indices) // size)} shards" if args.shards else "samples.npz"
+    also = [kind, *["denoising.gif"] * args.gif, *[f"{len(indices)} images alone"] * args.png]
     log.note(f"wrote {out / 'grid.png'}, {', '.join(also)}")
     return 0
 
 
 def files(args, indices):
     """The names of the files that are written."""
+    from ddpm_jax import shards
+
     pictures = [f"image_{index:06}.png" for index in indices] if args.png else []
-    return ["samples.npz", "grid.png", *pictures, *(["denoising.gif"] if args.gif else [])]
+    samples = shards.path(Path(), 0).name if args.shards else "samples.npz"
+    return [samples, "grid.png", *pictures, *(["denoising.gif"] if args.gif else [])]
+
+
+def what_it_is(args, num, params, step, steps):
+    """{"settings": all that the images depend on, "made_with": what changes them by rounding at most}."""
+    from ddpm_jax import checkpoint, parallel, trees
+
+    settings = vars(args) | {"num": num, "step": step, "steps": steps}
+    settings |= {"parameters": f"{trees.digest(params):08x}"}
+    for name in ("inpaint", "mask", "reconstruct", "interpolate"):
+        paths = [settings[name]] if isinstance(settings[name], str) else settings[name]
+        settings[name] = [f"{zlib.crc32(Path(os.path.expanduser(path)).read_bytes()):08x}" for path in paths if path]
+    made_with = checkpoint.versions() | {"devices": parallel.describe()}
+    made_with |= {name: settings[name] for name in ("batch_size", "gif", "preview")}
+    for name in (*PLACES, "batch_size", "gif", "preview"):
+        del settings[name]
+    return json.loads(json.dumps({"settings": settings, "made_with": made_with}))
+
+
+def finish(args, out, indices, labels, chunks):
+    """Write samples.npz, unless shards are to stay, and the pictures; chunks() -> the arrays of all images in turn."""
+    import numpy as np
+
+    from ddpm_jax import images, shards
+
+    def each():
+        return (image for chunk in chunks() for image in chunk)
+
+    if not args.shards:
+        others = {} if labels is None else {"labels": labels}
+        shards.save(out / "samples.npz", len(indices), chunks(), **others)
+    images.save_png(out / "grid.png", images.grid(np.stack(list(itertools.islice(each(), 256)))))
+    for index, image in zip(indices, each(), strict=True) if args.png else ():
+        images.save_png(out / f"image_{index:06}.png", image)
+
+
+def save_gif(args, out, frames):
+    """Write denoising.gif of the first batch; not where that was drawn by a command before this one."""
+    from ddpm_jax import images
+
+    if args.gif and frames:
+        images.save_gif(out / "denoising.gif", [images.grid(page) for page in frames[0]])
 
 
 def choose_labels(label, parts, indices):
@@ -138,6 +212,7 @@ def choose_edit(args, parts, root):
     """What --interpolate, --inpaint or --reconstruct put in the place of pure noise; None for none of them."""
     from ddpm_jax import editing, keys, schedules
 
+    look = parts.shape, parts.config.data.range
     asked = [name for name in ("interpolate", "inpaint", "reconstruct") if getattr(args, name)]
     if len(asked) > 1:
         raise errors.ConfigError(f"--{asked[0]} and --{asked[1]} exclude each other")
@@ -158,23 +233,62 @@ def choose_edit(args, parts, root):
         level = args.level or parts.schedule.T / 2
         if not 0 < level <= parts.schedule.T:
             raise errors.ConfigError(f"--level={level:g} must be above 0 and at most {parts.schedule.T}")
-        pictures = [read(path, parts) for path in args.interpolate]
+        pictures = [read(path, *look) for path in args.interpolate]
         return editing.interpolate(parts.schedule, level, keys.named(root, "pair"), *pictures, args.num)
     if args.inpaint:
-        known, mask = read(args.inpaint, parts), read(args.mask, parts) < 0
+        known, mask = read(args.inpaint, *look), read_mask(args.mask, args.inpaint, *look)
         return editing.inpaint(parts.schedule, known, mask, args.jump, args.repeats)
     if args.reconstruct:
         if args.sampler != "ddim" or args.eta:
             raise errors.ConfigError("--reconstruct follows the deterministic way: say --sampler=ddim, and no --eta")
-        return editing.reconstruct(parts.schedule, read(args.reconstruct, parts))
+        return editing.reconstruct(parts.schedule, read(args.reconstruct, *look))
     return None
 
 
-def read(path, parts):
-    """A picture file in the shape of the model's images, in [-1, 1], read as the data were."""
-    from ddpm_jax import data, images
+def read(path, shape, value_range=()):
+    """A picture file in the shape of the model's images, in [-1, 1]; value_range: that of the run's data."""
+    from ddpm_jax import data, images, log
 
     try:
-        return images.to_unit(data.read(path, parts.shape[:2], parts.shape[-1], parts.config.data.range))
+        height, width = data.read(path, (), shape[-1], value_range).shape[:2]
+        picture = images.to_unit(data.read(path, shape[:2], shape[-1], value_range))
     except Exception as error:  # Pillow raises whatever a broken file brings about
         raise errors.DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    scale = min(height / shape[0], width / shape[1])
+    if (height, width) != (round(scale * shape[0]), round(scale * shape[1])):
+        log.note(f"of {path}, {width}x{height}, the central {scale * shape[1]:.0f}x{scale * shape[0]:.0f} are taken")
+    return picture
+
+
+def read_mask(path, known, shape, value_range=()):
+    """The mask of the picture `known` in the model's shape, true where that is kept: where it is more than half black.
+
+    Raises ConfigError for one of other proportions than the picture, of which another part would be cut; for one that
+    keeps all or nothing; and for transparent parts, which could mean either.
+    """
+    import numpy as np
+    from PIL import Image
+
+    from ddpm_jax import data
+
+    levels = (read(path, shape) + 1) / 2
+    height, width = data.read(known, (), shape[-1], value_range).shape[:2]
+    down, across = data.read(path, (), shape[-1]).shape[:2]
+    if abs(height * across - width * down) > max(height, width, down, across):  # by more than rounding
+        raise errors.ConfigError(
+            f"--inpaint={known} is {width}x{height}, --mask={path} {across}x{down}: other parts of them would be cut "
+            f"for the model's {shape[1]}x{shape[0]}; give both the same size, or crop both to that one"
+        )
+    with Image.open(os.path.expanduser(path)) as picture:
+        if picture.has_transparency_data and picture.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+            raise errors.ConfigError(f"--mask={path} has transparent parts; save it as black (kept) and white, opaque")
+    if np.all(levels < 0.5) or np.all(levels >= 0.5):
+        what = "black, so that nothing is painted" if levels[0, 0, 0] < 0.5 else "white, so that nothing is kept"
+        low, high = (255 * float(level) for level in (levels.min(), levels.max()))
+        raise errors.ConfigError(f"--mask={path} is all {what} (levels {low:.0f} to {high:.0f} of 255)")
+    gray = np.mean((levels > 0.25) & (levels < 0.75))
+    if gray > 0.25:
+        warnings.warn(
+            f"--mask={path} is gray in {gray:.0%} of its pixels; what is more than half white is painted", stacklevel=2
+        )
+    return levels < 0.5

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ddpm_jax import shards
 from ddpm_jax.config import Data
 from ddpm_jax.data.intake import SUFFIXES, find, fit_array, is_picture, read_frames
 from ddpm_jax.data.loader import Dataset, in_order
@@ -51,25 +52,34 @@ def _check_options(kind, source, options):
 
 
 def from_npz(path: str, image_size: tuple[int, ...], channels: int, **_) -> Dataset:
-    """`images` (and `labels`) of an npz file, or a lone npy file, which is mapped: uint8 (N, H, W[, C])."""
+    """`images` (and `labels`) of an npz file, or a lone npy file, which is mapped: uint8 (N, H, W[, C]).
+
+    Where there are no such names, arr_0 (and arr_1), as guided-diffusion writes samples and ADM its reference batches.
+    Of a folder, the samples that sample.py has written there in shards.
+    """
+    place = Path(path).expanduser()
     try:
-        file = np.load(Path(path).expanduser(), mmap_mode="r", allow_pickle=False)
-        arrays = {"images": file} if isinstance(file, np.ndarray) else {name: file[name] for name in file.files}
+        file = shards.load(place) if place.is_dir() else np.load(place, mmap_mode="r", allow_pickle=False)
+        arrays = {"images": file} if isinstance(file, np.ndarray) else dict(file)
+    except DataError:
+        raise
     except Exception as error:  # whatever a damaged file makes NumPy raise
         raise DataError(f"cannot read {path} as npz: {first_line(error)}") from error
-    if "images" not in arrays:
+    names = ("images", "labels") if "images" in arrays else ("arr_0", "arr_1")
+    others = [name for name in arrays if name.startswith("arr_") and name not in names]
+    if names[0] not in arrays or (others and names[0] == "arr_0"):
         raise DataError(f"{path} has no array 'images'; it has {', '.join(arrays) or 'nothing'}")
-    images, labels = arrays["images"], arrays.get("labels")
+    images, labels = arrays[names[0]], arrays.get(names[1])
     if images.dtype != np.uint8:
         values = f" from {images.min()} to {images.max()}" if images.dtype.kind in "fiub" and images.size else ""
-        raise DataError(f"images of {path} are {images.dtype}{values}; scale to 0..255, round, save as uint8")
+        raise DataError(f"{names[0]} of {path} are {images.dtype}{values}; scale to 0..255, round, save as uint8")
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim != 4 or images.shape[-1] not in (1, 3):
-        raise DataError(f"images of {path} have the shape {images.shape}; (N, height, width, 1 or 3) is needed")
+        raise DataError(f"{names[0]} of {path} have the shape {images.shape}; (N, height, width, 1 or 3) is needed")
     if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
         raise DataError(
-            f"labels of {path} are {labels.dtype} of shape {labels.shape}, not whole numbers, one for each of "
+            f"{names[1]} of {path} are {labels.dtype} of shape {labels.shape}, not whole numbers, one for each of "
             f"{len(images)} images"
         )
     if len(images) and images.shape[1:] != (*(image_size or images.shape[1:3]), channels or images.shape[-1]):

@@ -59,6 +59,15 @@ UNET_TAKEN = {  # the values that our network knows
     "class_embed_type": (None,),
     "num_class_embeds": (None,),
 }
+EMA = (  # what EMAModel.save_pretrained adds to the config of the network that it averages: nothing that the net needs
+    "decay",
+    "min_decay",
+    "optimization_step",
+    "update_after_step",
+    "use_ema_warmup",
+    "inv_gamma",
+    "power",
+)
 SCHEDULER = {  # DDPMScheduler's
     "num_train_timesteps": 1000,
     "beta_start": 1e-4,
@@ -104,7 +113,7 @@ def from_diffusers(unet, scheduler, source="folder:"):
 
     Raises ConfigError for a key that diffusers does not know, and for a value that ours cannot follow.
     """
-    unet = _complete(unet, "UNet2DModel", UNET, UNET_TAKEN)
+    unet = _complete(unet, "UNet2DModel", UNET, UNET_TAKEN, EMA)
     scheduler = _complete(scheduler, "DDPMScheduler", SCHEDULER, SCHEDULER_TAKEN)
     try:
         model, shape = _model(unet)
@@ -123,12 +132,15 @@ def from_diffusers(unet, scheduler, source="folder:"):
     return Config(data=data, model=model, diffusion=diffusion, train=train), shape
 
 
-def _complete(given, kind, defaults, taken):
-    """The config `given` with the `defaults` of the class `kind` in the place of what it leaves out."""
+def _complete(given, kind, defaults, taken, harmless=()):
+    """The config `given` with the `defaults` of the class `kind` in the place of what it leaves out.
+
+    Keys that are `harmless`, or begin with _, say nothing of the object itself.
+    """
     if not isinstance(given, dict) or given.get("_class_name", kind) != kind:
         told = given.get("_class_name") if isinstance(given, dict) else given
         raise ConfigError(f"_class_name={told} cannot be taken; only a {kind} can")
-    given = {name: value for name, value in given.items() if not name.startswith("_")}
+    given = {name: value for name, value in given.items() if not name.startswith("_") and name not in harmless}
     unknown = [f"{name}={json.dumps(value)}" for name, value in given.items() if name not in defaults]
     if unknown:
         raise ConfigError(f"{kind} with {', '.join(unknown)} cannot be taken: no such key is known")

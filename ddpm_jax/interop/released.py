@@ -90,15 +90,27 @@ def _read_folder(path):
     kind = _json(index).get("_class_name") if index.exists() else PIPELINE["_class_name"]
     if kind != PIPELINE["_class_name"]:
         raise ConfigError(f"{index} tells of a {kind}; only a {PIPELINE['_class_name']} can be taken")
-    unet, scheduler = (path / part if (path / part).is_dir() else path for part in ("unet", "scheduler"))
-    scheduler = _json(scheduler / "scheduler_config.json")
+    unet, average = (path / part if (path / part).is_dir() else path for part in ("unet", "unet_ema"))
+    file = _scheduler_file(path)
+    scheduler = _json(file)
     try:
         config, shape = layout.from_diffusers(_json(unet / "config.json"), scheduler)
     except ConfigError as error:
         raise ConfigError(f"{error} (in {path})") from error
     arrays, _, notes = tensors.read(_weights(unet))
+    if path not in file.parents:
+        notes = [*notes, f"the noise is that of {file}"]
+    if average != path:
+        notes = [*notes, f"{average}, an average of the parameters, is left out; import that folder to take it instead"]
     spelling = tensors.diffusers(len(config.model.multipliers))
     return Released(config, shape, tensors.newer(arrays), spelling, notes, layout.sampling(scheduler))
+
+
+def _scheduler_file(path):
+    """The scheduler's config in `path`, or above it: train_unconditional.py writes none into checkpoint-N/unet_ema."""
+    name = "scheduler_config.json"
+    places = [folder / part / name for folder in (path, *path.absolute().parents[:2]) for part in ("scheduler", "")]
+    return next((file for file in places if file.exists()), path / name)
 
 
 def _weights(folder):

@@ -8,12 +8,16 @@ import numpy as np
 
 from ddpm_jax import diffusion, experiment, images, keys, likelihood, parallel
 from ddpm_jax.errors import ConfigError, Diverged
+from ddpm_jax.schedules.report import warn_of_start
 
 EXACT = 16  # dimensions up to which a divergence is exact unless another is asked for
 
 
 def make_plan(parts, metrics, steps=0, spacing="trailing", ode_steps=100, decoder="exact", divergence="auto"):
-    """What is measured at which times: {"metrics": names, "bound": settings, "ode": settings}, each with its times."""
+    """What is measured at which times: {"metrics": names, "bound": settings, "ode": settings}, each with its times.
+
+    Warns where a likelihood takes noise for x_t at a time at which an image still shows.
+    """
     exact = "exact" if math.prod(parts.shape) <= EXACT else "hutchinson"
     divergence = exact if divergence == "auto" else divergence
     for table, name, value in (
@@ -36,6 +40,9 @@ def make_plan(parts, metrics, steps=0, spacing="trailing", ode_steps=100, decode
         )
     ode = {"divergence": divergence, "limit": "none", "dequantization": "uniform", "spacing": "logsnr"}
     ode |= {"times": times, "network_evaluations": 2 * calls * (len(times) - 2)}
+    for name, start in (("nll", bound["times"][0]), ("ode", ode["times"][0])):
+        if name in metrics:
+            warn_of_start(schedule, start)
     return {"metrics": tuple(metrics), "bound": bound, "ode": ode}
 
 

@@ -11,8 +11,11 @@ def trailing(table, n):
 
 
 def leading(table, n):
-    """n steps of the fixed stride T // n upward from t = 1, then 0 (DDIM's published tables, where n divides T)."""
-    return np.append(1 + (len(table) - 1) // n * np.arange(n)[::-1], 0).astype(np.int32)
+    """n times T / n apart upward from t = 1, rounded down, then 0: DDIM's published tables where n divides T.
+
+    Elsewhere a whole stride of T // n, as others have it, would end far below T: with 501 of 1000 steps at t = 501.
+    """
+    return np.append(1 + (len(table) - 1) * np.arange(n, dtype=np.int64)[::-1] // n, 0).astype(np.int32)
 
 
 def linspace(table, n):
