@@ -97,9 +97,7 @@ def fingerprint(parts):
 @pytest.fixture(scope="module")
 def made(whole):
     """The card of that run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["plots", str(whole), "--card", "--curves"])
-        assert errors.run(plots.main) == 0
+    assert plots.main([whole, "--card", "--curves"]) == 0
     return (whole / "card.md").read_text()
 
 

@@ -45,7 +45,7 @@ def run(program, *numbers, seconds=20):
 
 
 BEFORE = """
-def main():
+def main(argv):
     with signals.caught():
         now()
         time.sleep(10)
@@ -81,7 +81,7 @@ def test_old_handlers_are_back_afterwards():
 
 
 AFTER = """
-def main():
+def main(argv):
     with signals.caught() as asked:
         print(asked())
         for _ in range({times}):
@@ -116,7 +116,7 @@ def announce():
         time.sleep(0.2)
         now()
 
-def main():
+def main(argv):
     with signals.caught() as asked:
         asked()
         threading.Thread(target=announce, daemon=True).start()
@@ -145,7 +145,7 @@ HANGS = """
 def stuck(event):
     event.wait({seconds})
 
-def main():
+def main(argv):
     with signals.watchdog({patience}, {abort}) as feed:
         event = threading.Event()
         other = threading.Thread(target=stuck, args=[event], daemon=True)

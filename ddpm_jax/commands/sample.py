@@ -5,12 +5,10 @@ Needs the folder of the run and nothing else. Image i of a seed is the same pict
 
 import dataclasses
 import io
-import os
 import time
-from pathlib import Path
 
-from ddpm_jax import commands, errors, options
-from ddpm_jax.files import write_atomic
+from ddpm_jax import commands, errors, log, options
+from ddpm_jax.files import expand, write_atomic
 
 PAIR = "two values with a comma between", lambda value: len(value) in (0, 2)
 
@@ -60,16 +58,17 @@ class Args(options.Arguments):
 FRAMES = 40  # of the GIF
 
 
-def main():
-    args = commands.parse(Args, "sample", __doc__)
+@log.quiet()
+def main(argv=None):
+    """The exit code of sampling with the options `argv`, those of the program when None."""
+    args = commands.parse(Args, argv, "sample", __doc__)
 
     import numpy as np
 
-    from ddpm_jax import checkpoint, experiment, images, keys, log, parallel, program
+    from ddpm_jax import experiment, images, keys, parallel, program, signals
 
-    checkpoint.quiet()
     workdir, step = experiment.find(args.workdir, args.step)
-    out, indices = Path(os.path.expanduser(args.out or workdir / "out")), np.arange(1 if args.reconstruct else args.num)
+    out, indices = expand(args.out or workdir / "out"), np.arange(1 if args.reconstruct else args.num)
     for name in () if args.overwrite else files(args, indices):
         if (out / name).exists():
             raise errors.ConfigError(f"{out} already holds samples ({name}); take another --out, or say --overwrite")
@@ -97,7 +96,7 @@ def main():
         f"step {step:,} of {workdir}, {args.weights} weights, {args.sampler} with {steps} steps, {parallel.describe()}"
     )
     clock, batches = time.monotonic(), []
-    with parallel.memory_for(f"try a --batch-size smaller than {args.batch_size}"):
+    with signals.caught(), parallel.memory_for(f"try a --batch-size smaller than {args.batch_size}"):
         for batch in draw(params, len(indices), args.seed, labels, args.batch_size):
             batches.append(batch)
             done, took = sum(map(len, batches)), time.monotonic() - clock
@@ -179,6 +178,6 @@ def read(path, shape):
     from ddpm_jax import data, images
 
     try:
-        return images.to_unit(data.read(path, shape[:2], shape[-1]))
+        return images.to_unit(data.read(expand(path), shape[:2], shape[-1]))
     except Exception as error:  # Pillow raises whatever a broken file brings about
         raise errors.DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error

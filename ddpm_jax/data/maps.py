@@ -8,13 +8,12 @@ import math
 import os
 import shutil
 import warnings
-from pathlib import Path
 
 import numpy as np
 
 from ddpm_jax.data.loader import Dataset, prefetch
 from ddpm_jax.errors import DataError, first_line
-from ddpm_jax.files import locked, write_atomic
+from ddpm_jax.files import cache_folder, locked, write_atomic
 from ddpm_jax.log import progress
 
 GROUP = 8  # items that a thread decodes at once, so that it gets on for a while
@@ -31,7 +30,7 @@ def decode(name, state, items, get, shape, max_unreadable, cache_dir):
     decodes and the others wait. Items that cannot be read are counted and the first five named; more than the share
     `max_unreadable` of them is an error.
     """
-    base = Path(cache_dir).expanduser() / digest(f"{name}:{shape}")[:16]
+    base = cache_folder(cache_dir) / digest(f"{name}:{shape}")[:16]
 
     def attempt(item):
         reason = None

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
@@ -11,6 +10,7 @@ from ddpm_jax.data.loader import Dataset
 from ddpm_jax.data.maps import decode, digest
 from ddpm_jax.data.records import from_digits, from_tfds
 from ddpm_jax.errors import DataError, first_line
+from ddpm_jax.files import expand
 from ddpm_jax.log import note
 
 
@@ -32,8 +32,9 @@ def load(source: str, image_size: tuple[int, ...] = (), channels: int = 0, **opt
 
 def from_npz(path: str, image_size: tuple[int, ...], channels: int, **_) -> Dataset:
     """`images` (and `labels`) of an npz file, or a lone npy file, which is mapped: uint8 (N, H, W[, C])."""
+    where = expand(path)
     try:
-        file = np.load(Path(path).expanduser(), mmap_mode="r", allow_pickle=False)
+        file = np.load(where, mmap_mode="r", allow_pickle=False)
         arrays = {"images": file} if isinstance(file, np.ndarray) else {name: file[name] for name in file.files}
     except Exception as error:  # whatever a damaged file makes NumPy raise
         raise DataError(f"cannot read {path} as npz: {first_line(error)}") from error
@@ -64,7 +65,7 @@ def from_folder(folder, image_size, channels, max_unreadable=0.1, cache_dir="~/.
     """
     if not folder:
         raise DataError("data.source=folder: names no folder; say for example --config.data.source=folder:my_pictures")
-    folder = Path(os.path.expanduser(folder))
+    folder = expand(folder)
     if not os.path.isdir(folder):  # which never raises
         raise DataError(f"there is no folder {folder} (data.source=folder:{folder})")
     if not image_size:
