@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import socket
 import stat
@@ -92,16 +93,20 @@ def cache_folder(folder=CACHE):
     """`expand(folder)`; without a home CACHE lies in XDG_CACHE_HOME or in the folder of temporary files."""
     if folder != CACHE or has_home():
         return expand(folder)
-    base = os.environ.get("XDG_CACHE_HOME")
-    found = Path(base) / "ddpm_jax" if base else _own_temporary_folder()
-    warnings.warn(f"there is no home folder (HOME is not set); what is kept in {CACHE} goes to {found}", stacklevel=2)
+    return _without_home(os.environ.get("XDG_CACHE_HOME"), tempfile.gettempdir())
+
+
+@functools.cache  # said once
+def _without_home(caches, temporary):
+    found = Path(caches) / "ddpm_jax" if caches else _own_folder(Path(temporary))
+    warnings.warn(f"there is no home folder (HOME is not set); what is kept in {CACHE} goes to {found}", stacklevel=3)
     return found
 
 
-def _own_temporary_folder():
+def _own_folder(temporary):
     """The same at every start, but none that another user has made: compiled programs are read from it."""
-    folder = Path(tempfile.gettempdir()) / f"ddpm_jax-{os.getuid()}"
+    folder = temporary / f"ddpm_jax-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     at = folder.lstat()
     mine = stat.S_ISDIR(at.st_mode) and at.st_uid == os.getuid() and not at.st_mode & 0o022
-    return folder if mine else Path(tempfile.mkdtemp(prefix="ddpm_jax-"))
+    return folder if mine else Path(tempfile.mkdtemp(prefix="ddpm_jax-", dir=temporary))

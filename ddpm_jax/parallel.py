@@ -39,6 +39,7 @@ def start(batch_size, accumulate=1, platform="auto", distributed="auto", cpu_dev
     more, or the `members` of an ensemble (XLA uses several cores better so than from one device). heartbeat: seconds of
     silence after which a process counts as lost and the others end.
     """
+    platforms = jax.config.jax_platforms
     if platform != "auto":
         jax.config.update("jax_platforms", platform)
     if not jax.config.jax_compilation_cache_dir:  # not told by JAX_COMPILATION_CACHE_DIR
@@ -76,8 +77,10 @@ def start(batch_size, accumulate=1, platform="auto", distributed="auto", cpu_dev
     try:
         found = jax.default_backend()
     except RuntimeError as error:
+        jax.config.update("jax_platforms", platforms)
         raise ConfigError(f"no such platform here: {str(error).splitlines()[0]} (--platform={platform})") from error
     if platform not in ("auto", found):
+        jax.config.update("jax_platforms", platforms)
         raise ConfigError(
             f"--platform={platform} is not available, JAX found {found}; another choice needs a new process"
         )
