@@ -15,7 +15,7 @@ from conftest import make_run
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from ddpm_jax import checkpoint, config, data, errors, experiment, options
+from ddpm_jax import checkpoint, config, data, experiment, options
 from ddpm_jax.commands import evaluate, sample, train
 from ddpm_jax.plots import __main__ as plots
 from ddpm_jax.plots import album, card
