@@ -55,10 +55,10 @@ def start(batch_size, accumulate=1, platform="auto", distributed="auto", cpu_dev
         try:
             jax.config.update("jax_num_cpu_devices", cpu_devices)
         except RuntimeError as error:  # JAX has started
-            if asked and asked != len(jax.local_devices(backend="cpu")):
+            used = jax.local_device_count()
+            if asked and asked != used and jax.default_backend() == "cpu":
                 raise ConfigError(
-                    f"--cpu-devices={asked}, but this process already uses its CPU as "
-                    f"{len(jax.local_devices(backend='cpu'))}; start a new one"
+                    f"--cpu-devices={asked}, but this process already uses its CPU as {used}; start a new one"
                 ) from error
     place = re.fullmatch(r"([^,]+:\d+),(\d+),(\d+)", distributed)
     if distributed not in ("auto", "off") and not (place and int(place[2]) < int(place[3])):
