@@ -37,8 +37,8 @@ class Args(options.Arguments):
     debug: bool = options.option(False, "show tracebacks")
 
 
-def main():
-    args = options.parse(Args, sys.argv[1:], "-m benchmarks", __doc__, configs.load)
+def main(argv=None):
+    args = options.parse(Args, argv, "-m benchmarks", __doc__, configs.load)
     check(args)
     config = options.replace(args.config, {"train.steps": args.steps, "train.sample_every": 10**9})
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ddpm_jax import config as configs
-from ddpm_jax import errors, options
+from ddpm_jax import errors, log, options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,15 +28,15 @@ class Args(options.Arguments):
     debug: bool = options.option(False, "show tracebacks")
 
 
-def main():
-    args = options.parse(Args, sys.argv[1:], "-m benchmarks.checkpoints", __doc__, configs.load)
+@log.quiet()
+def main(argv=None):
+    args = options.parse(Args, argv, "-m benchmarks.checkpoints", __doc__, configs.load)
 
     import jax
     import numpy as np
 
     from ddpm_jax import checkpoint, experiment, parallel, trees
 
-    checkpoint.quiet()
     parallel.start(args.config.train.batch_size, 1, args.platform, "off", args.cpu_devices)
     parts = experiment.make(args.config, args.shape)
     template = jax.eval_shape(experiment.make_training(parts)[0])

@@ -32,8 +32,8 @@ class Args(options.Arguments):
     debug: bool = options.option(False, "show tracebacks")
 
 
-def main():
-    args = options.parse(Args, sys.argv[1:], "-m benchmarks.maps", __doc__)
+def main(argv=None):
+    args = options.parse(Args, argv, "-m benchmarks.maps", __doc__)
 
     if args.pictures:
         decode(args)

@@ -37,8 +37,8 @@ class Args(options.Arguments):
     debug: bool = options.option(False, "show tracebacks")
 
 
-def main():
-    args = options.parse(Args, sys.argv[1:], "-m benchmarks.peers", __doc__, configs.load)
+def main(argv=None):
+    args = options.parse(Args, argv, "-m benchmarks.peers", __doc__, configs.load)
     try:
         import diffusers
         import torch

@@ -17,12 +17,11 @@ import functools
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 
-from ddpm_jax import errors, evaluation, options
-from ddpm_jax.files import write_atomic
+from ddpm_jax import errors, evaluation, log, options
+from ddpm_jax.files import expand, write_atomic
 
 SAMPLERS = [("ddpm", {"variance": "fixedsmall"}), ("ddpm", {"variance": "fixedlarge"})]
 SAMPLERS += [(name, {}) for name in ("ddim", "dpmpp_2m", "dpmpp_3m", "heun", "edm")]
@@ -43,13 +42,14 @@ class Args(options.Arguments):
     debug: bool = options.option(False, "show tracebacks")
 
 
-def main():
-    args = options.parse(Args, sys.argv[1:], "-m benchmarks.samplers", __doc__)
+@log.quiet()
+def main(argv=None):
+    args = options.parse(Args, argv, "-m benchmarks.samplers", __doc__)
     with contextlib.redirect_stdout(sys.stderr):
         table = measure(args, functools.partial(print, file=sys.__stdout__, flush=True))
     if args.out:
         try:
-            write_atomic(Path(args.out).expanduser(), table.encode())
+            write_atomic(expand(args.out), table.encode())
         except OSError as error:
             raise errors.ConfigError(f"cannot write to --out={args.out}: {error.strerror}") from error
     return 0
@@ -57,11 +57,10 @@ def main():
 
 def measure(args, say):
     """The table, of which each line is also said at once."""
-    from ddpm_jax import checkpoint, data, experiment, keys, log, parallel
+    from ddpm_jax import checkpoint, data, experiment, keys, parallel
 
-    checkpoint.quiet()
     parallel.start(args.batch_size, platform=args.platform, distributed="off")
-    workdir, lines = Path(args.workdir).expanduser(), []
+    workdir, lines = expand(args.workdir), []
     parts, params, step = experiment.restore(workdir, args.weights)
     rows = list(choices(parts, sorted(set(args.steps))))
     machine = f"{parallel.describe()}, jax {checkpoint.versions()['jax']}"

@@ -27,8 +27,8 @@ class Args(options.Arguments):
     debug: bool = options.option(False, "show tracebacks")
 
 
-def main():
-    args = options.parse(Args, sys.argv[1:], "-m benchmarks.scale", __doc__, configs.load)
+def main(argv=None):
+    args = options.parse(Args, argv, "-m benchmarks.scale", __doc__, configs.load)
 
     import jax
 

@@ -16,18 +16,18 @@
 import importlib
 import sys
 
-from ddpm_jax import errors
+from ddpm_jax import errors, options
 from ddpm_jax.commands import COMMANDS
 
 
-def main():
-    command = " ".join(sys.argv[1:2])
+def main(argv=None):
+    command, *rest = options.words(argv) or [""]
     if command in ("-h", "--help"):
         print(__doc__.rstrip())
         return 0
     if command not in COMMANDS:
         raise errors.ConfigError(f"{command!r} is none of {', '.join(COMMANDS)}; see python -m ddpm_jax --help")
-    return importlib.import_module(f"ddpm_jax.commands.{command}").main()
+    return importlib.import_module(f"ddpm_jax.commands.{command}").main(rest)
 
 
 def start():

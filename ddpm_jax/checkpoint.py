@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import logging
 import os
 import re
 import shutil
@@ -32,8 +31,8 @@ from flax import serialization
 from ddpm_jax import __version__, options, parallel, trees
 from ddpm_jax.environment import YNN_FLAG
 from ddpm_jax.errors import CheckpointError, Diverged, UserError, run, writing
-from ddpm_jax.files import lock
-from ddpm_jax.log import without_warnings_of_absl
+from ddpm_jax.files import expand, lock
+from ddpm_jax.log import quiet, without_warnings_of_absl
 
 ARRAYS = ("params", "ema_params", "opt_state", "times", "averages")  # those that are empty are left out
 COUNTERS = ("step", "skipped", "skipped_in_row")
@@ -41,19 +40,6 @@ FORMAT = 2
 MARKER = "commit_success.txt"
 ASIDE = ".aside"
 TRASH = "deleted"  # where a step is moved at once, so that no reader meets a half of it
-
-
-def quiet():
-    """Keep Orbax's own pages of traceback off the terminal of a script; its failures reach the user as our errors."""
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-    show = sys.unraisablehook
-
-    def hook(unraisable):  # what its file layer says when a failed save has closed the event loop
-        if "Event loop is closed" not in str(unraisable.exc_value):
-            show(unraisable)
-
-    sys.unraisablehook = hook
 
 
 def open_manager(folder, keep=None, keep_every=0, read_only=False):
@@ -358,19 +344,20 @@ class Args(options.Arguments):
     debug: bool = options.option(False, "show tracebacks")
 
 
-def main():
+@quiet()
+def main(argv=None):
     """List the steps of the run that the command line names; exit code 4 unless the newest is whole."""
-    argv = options.first_named(sys.argv[1:], "workdir")
+    argv = options.first_named(options.words(argv), "workdir")
     args = options.parse(Args, argv, "-m ddpm_jax.checkpoint RUN", __doc__)
-    workdir = Path(args.workdir).expanduser()
+    workdir = expand(args.workdir)
     folder = workdir / "checkpoints"
     if not args.workdir or not folder.is_dir():
         raise CheckpointError(f"there is no run in {args.workdir!r}; python -m ddpm_jax.checkpoint runs/digits")
-    quiet()
     if args.clean:
         with writing(f"{workdir}"):
-            lock(workdir)  # not while a run is writing there
-        delete(leftovers(folder))
+            held = lock(workdir)  # not while a run is writing there
+        with held:
+            delete(leftovers(folder))
     fault, meta = "there is none", None
     for step, found, fault in verify(folder):
         print(f"step {step:>9,}  {_size(folder / str(step)):>10,.1f} MB  {f'DAMAGED: {fault}' if fault else 'whole'}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_jax.errors import ConfigError
+from ddpm_jax.files import CACHE, expand
 from ddpm_jax.options import (
     Section,
     above,
@@ -46,7 +47,7 @@ class Data(Section):
         0.1, "share of a folder's files that may be unreadable", at_least(0), ("at most 1", lambda v: v <= 1)
     )
     data_dir: str = option("", "folder of prepared TFDS data sets; empty for TFDS's own default")
-    cache_dir: str = option("~/.cache/ddpm_jax", "folder of decoded images")
+    cache_dir: str = option(CACHE, "folder of decoded images")
     range: tuple[float, ...] = option(
         (),
         "LOW,HIGH: the values of more than 8 bits that become black and white, in all files; 0,65535 when empty",
@@ -279,7 +280,7 @@ def load(name: str | Path) -> Config:
 
     A Python file is code: run only your own.
     """
-    path = find(name)
+    path = find(expand(name))
     if path.suffix == ".json":
         return from_json(path.read_text(errors="replace"), str(path))
     try:

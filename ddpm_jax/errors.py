@@ -79,37 +79,47 @@ class _Unread(io.FileIO):
             return len(data)
 
 
-def _let_streams_fail():
+@contextlib.contextmanager
+def _streams_that_may_fail():
     """A closed pipe, a full disk or no stdout at all is no reason to end: the work is not done for what is printed."""
-    for name in ("stdin", "stdout", "stderr"):
-        stream = getattr(sys, name)
+    before = {name: getattr(sys, name) for name in ("stdin", "stdout", "stderr")}
+    for name, stream in before.items():
         if stream is None:  # it was closed: without this a file of ours gets its number, and native code prints into it
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
         elif stream is getattr(sys, f"__{name}__") and name != "stdin":
+            with contextlib.suppress(OSError):
+                stream.flush()
             file = io.BufferedWriter(_Unread(stream.fileno(), "w", closefd=False))
             setattr(sys, name, io.TextIOWrapper(file, stream.encoding, stream.errors, line_buffering=True))
+    try:
+        yield
+    finally:
+        for name, stream in before.items():
+            if name != "stdin":
+                getattr(sys, name).flush()
+            setattr(sys, name, stream)
 
 
-def run(main):
-    """Call `main()` as a script; return its exit code, a `UserError` becoming one line on stderr.
+def run(main, argv=None):
+    """Call `main(argv)` as a script; return its exit code, a `UserError` becoming one line on stderr.
 
-    With `--debug` on the command line the traceback is shown instead.
+    argv: the options, None for those of the program. With `--debug` among them the traceback is shown instead.
     """
-    debug = "--debug" in sys.argv or "--debug=true" in sys.argv
-    _let_streams_fail()
+    debug = not {"--debug", "--debug=true"}.isdisjoint(sys.argv[1:] if argv is None else map(str, argv))
 
     def show(message, category, filename, lineno, file=None, line=None):
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
-    if not debug:
-        warnings.showwarning = show
-    try:
-        return main() or 0
-    except UserError as error:
-        if debug:
-            raise
-        print("error: " + " ".join(str(error).splitlines()), file=sys.stderr, flush=True)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+    with _streams_that_may_fail(), warnings.catch_warnings():
+        if not debug:
+            warnings.showwarning = show
+        try:
+            return main(argv) or 0
+        except UserError as error:
+            if debug:
+                raise
+            print("error: " + " ".join(str(error).splitlines()), file=sys.stderr, flush=True)
+            return error.exit_code
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return INTERRUPTED

@@ -27,6 +27,7 @@ from ddpm_jax import (
 from ddpm_jax.config import Config, from_json
 from ddpm_jax.data import Dataset, in_order
 from ddpm_jax.errors import CheckpointError, ConfigError
+from ddpm_jax.files import expand
 from ddpm_jax.log import note
 from ddpm_jax.options import replace
 from ddpm_jax.schedules.report import warn_of_signal
@@ -104,7 +105,7 @@ def find(path: str | Path, step: int = 0) -> tuple[Path, int | None]:
 
     Raises CheckpointError when it is none of them, ConfigError when it is the folder of another step than `step`.
     """
-    run, steps = Path(os.path.expanduser(path)), "checkpoints"
+    run, steps = expand(path), "checkpoints"
     if (run / steps).is_dir():
         return run, step or None
     run = Path(os.path.abspath(run))

@@ -22,15 +22,42 @@ def note(text):
 
 
 @contextlib.contextmanager
-def without_warnings_of_absl():
-    """Meanwhile only the errors of Orbax and TFDS are shown, not what they recommend or say of their own options."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(max(level, logging.ERROR))
+def _at_least(level, *names):
+    """Meanwhile these loggers are silent below `level`."""
+    loggers = [logging.getLogger(name) for name in names]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(max(logger.level, level))
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+def without_warnings_of_absl():
+    """Meanwhile only the errors of Orbax and TFDS are shown, not what they recommend or say of their own options."""
+    return _at_least(logging.ERROR, "absl")
+
+
+@contextlib.contextmanager
+def quiet():
+    """Meanwhile, or in the command that it decorates, Orbax's own pages of traceback are kept off the terminal.
+
+    Its failures reach the user as our errors.
+    """
+    show = sys.unraisablehook
+
+    def hook(unraisable):  # what its file layer says when a failed save has closed the event loop
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            show(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        with _at_least(logging.CRITICAL + 1, "absl", "asyncio"):
+            yield
+    finally:
+        sys.unraisablehook = show
 
 
 def now_and_then(say, seconds=5):

@@ -182,6 +182,13 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see python {self.prog} --help")
 
 
+def words(argv=None):
+    """The options that a command is given, as text: those of the program where `argv` is None."""
+    if isinstance(argv, str):
+        raise ConfigError(f"options are a list, such as ['--num=3', '--seed=1'], not the one text {argv!r}")
+    return list(map(str, sys.argv[1:] if argv is None else argv))
+
+
 def first_named(words, *names):
     """`words` with the first ones, as long as they are no options, written as the options `names`: --workdir=RUN."""
     first = list(itertools.takewhile(lambda word: word[:1] != "-", words))[: len(names)]
@@ -189,12 +196,12 @@ def first_named(words, *names):
 
 
 def parse(cls, argv, prog, description, load=None):
-    """The command line as an instance of the dataclass `cls`.
+    """The command line `argv`, see `words`, as an instance of the dataclass `cls`.
 
     With `load`, the field `config` is what `load` makes of the file named by `--config=FILE` (the field `config_file`),
     then changed by `--config.a.b=value`. `_` and `-` are the same in an option's name. Every fault is a `ConfigError`.
     """
-    argv = [_spelled(word) for word in argv]
+    argv = [_spelled(word) for word in words(argv)]
     parser = _Parser(prog, description=description, allow_abbrev=False, formatter_class=argparse.HelpFormatter)
     default = cls()
     if load:

@@ -23,13 +23,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ddpm_jax.environment import WITHOUT_TPU, tpu_is_attached
 from ddpm_jax.errors import INTERRUPTED, PREEMPTED, ConfigError, Diverged, LostProcess, OutOfMemory, UserError
+from ddpm_jax.files import cache_folder
 
 AXIS = "batch"
-COMPILED = "~/.cache/ddpm_jax/compiled"  # where compiled programs are kept between runs
 
 
 def start(batch_size, accumulate=1, platform="auto", distributed="auto", cpu_devices=0, heartbeat=100, members=1):
     """Choose the devices and join the other processes; to be called before any array is made.
+
+    A process has one choice: where JAX has started, that of an earlier call, or of the program around it, stays, and
+    ConfigError says so when another is asked for.
 
     platform: auto, or cpu, gpu, tpu, which refuses anything else. distributed: off; auto, which joins where SLURM,
     Open MPI or a TPU pod says that there are several processes; or "HOST:PORT,ID,COUNT" spelled out. cpu_devices: as
@@ -37,23 +40,34 @@ def start(batch_size, accumulate=1, platform="auto", distributed="auto", cpu_dev
     more, or the `members` of an ensemble (XLA uses several cores better so than from one device). heartbeat: seconds of
     silence after which a process counts as lost and the others end.
     """
+    platforms = jax.config.jax_platforms
     if platform != "auto":
         jax.config.update("jax_platforms", platform)
     if not jax.config.jax_compilation_cache_dir:  # not told by JAX_COMPILATION_CACHE_DIR
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(f"{COMPILED}/{_processor()}"))
-    if not cpu_devices and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled" / _processor()))
+    asked = cpu_devices
+    if not asked and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         fits = [n for n in range(2, cores + 1) if batch_size % (n * accumulate) == 0 and batch_size // n >= 16]
         if members > 1:
             fits = [n for n in range(2, cores + 1) if members % n == 0]
         cpu_devices = max(fits, default=1)
     if cpu_devices:
-        jax.config.update("jax_num_cpu_devices", cpu_devices)
+        try:
+            jax.config.update("jax_num_cpu_devices", cpu_devices)
+        except RuntimeError as error:  # JAX has started
+            used = jax.local_device_count()
+            if asked and asked != used and jax.default_backend() == "cpu":
+                raise ConfigError(
+                    f"--cpu-devices={asked}, but this process already uses its CPU as {used}; start a new one"
+                ) from error
     place = re.fullmatch(r"([^,]+:\d+),(\d+),(\d+)", distributed)
     if distributed not in ("auto", "off") and not (place and int(place[2]) < int(place[3])):
         raise ConfigError(f"--distributed={distributed} is not auto, off or HOST:PORT,ID,COUNT with ID below COUNT")
     try:
-        if place:
+        if jax.distributed.is_initialized():
+            _check_joined(distributed, place)
+        elif place:
             jax.distributed.initialize(place[1], int(place[3]), int(place[2]), heartbeat_timeout_seconds=heartbeat)
         elif distributed == "auto" and _among_several():
             jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat)
@@ -64,9 +78,13 @@ def start(batch_size, accumulate=1, platform="auto", distributed="auto", cpu_dev
     try:
         found = jax.default_backend()
     except RuntimeError as error:
+        jax.config.update("jax_platforms", platforms)
         raise ConfigError(f"no such platform here: {str(error).splitlines()[0]} (--platform={platform})") from error
     if platform not in ("auto", found):
-        raise ConfigError(f"--platform={platform} is not available, JAX found {found}")
+        jax.config.update("jax_platforms", platforms)
+        raise ConfigError(
+            f"--platform={platform} is not available, JAX found {found}; another choice needs a new process"
+        )
     wanted = [name for name in ("CUDA_VISIBLE_DEVICES", "TPU_NAME") if os.environ.get(name)]
     wanted += [path for path in ("/dev/nvidia0", "/dev/accel0") if os.path.exists(path)]
     if found == "cpu" and platform == "auto" and wanted:
@@ -78,6 +96,15 @@ def start(batch_size, accumulate=1, platform="auto", distributed="auto", cpu_dev
     # Connect all devices now: XLA waits 30 s for the others to connect, but after that for as long as they need.
     gather("")
     make_agree()(None)
+
+
+def _check_joined(distributed, place):
+    """Raise ConfigError unless this process, which has joined others, is asked to be among just these."""
+    joined = jax.process_index(), jax.process_count()
+    if joined[1] > 1 and (distributed == "off" or (place and joined != (int(place[2]), int(place[3])))):
+        raise ConfigError(
+            f"this process is already number {joined[0]} of {joined[1]}; --distributed={distributed} needs a new one"
+        )
 
 
 def _processor():

@@ -68,7 +68,7 @@ def check_same(config, **others):
 
 
 def claim(workdir):
-    """Make the folder and keep other runs out of it: see files.lock."""
+    """Make the folder and keep other runs out of it until what is returned is closed: see files.lock."""
     if found := re.search(r"[*?\[\]\\]", str(workdir.resolve())):
         raise ConfigError(
             f"--workdir={workdir} lies in a path with {found[0]}, from which checkpoints cannot be read back; take one "
@@ -85,12 +85,12 @@ def check_seen(workdir):
         raise ConfigError(f"--workdir={workdir} is not the same folder for all processes; take a shared one")
 
 
-def record(workdir, config):
-    """Write config.json, and add this start to run.json: versions, devices, command, git revision."""
+def record(workdir, config, argv=()):
+    """Write config.json, and add this start to run.json: versions, devices, the command `argv`, git revision."""
     file = workdir / "run.json"
     this = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "argv": sys.argv,
+        "argv": list(argv),
         "devices": parallel.describe(),
         "versions": checkpoint.versions() | {"python": sys.version.split()[0]},
         "git": revision(),

@@ -10,7 +10,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -298,14 +297,11 @@ def album(tmp_path):
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """call(module, option, ...) -> exit code, stdout, stderr of that script in this process, on its eight devices."""
+def call(capsys):
+    """call(module, option, ...) -> exit code, stdout, stderr of that command in this process, on its eight devices."""
 
     def run(module, *arguments):
-        with warnings.catch_warnings():
-            monkeypatch.setattr(sys, "argv", [module.__name__.rpartition(".")[2] + ".py", *map(str, arguments)])
-            code = errors.run(module.main)
-        return code, *capsys.readouterr()
+        return errors.run(module.main, arguments), *capsys.readouterr()
 
     return run
 

@@ -303,19 +303,18 @@ def test_a_failure_of_the_last_save_is_raised_at_once(folder, monkeypatch):
         checkpoint.make_keeper(manager)(state_at(40), last=True)
 
 
-def test_leftovers_are_told_and_deleted_when_asked(folder, monkeypatch, capsys):
+def test_leftovers_are_told_and_deleted_when_asked(folder, capsys):
     """Not while a run is writing there."""
     (folder / "40").mkdir()
     checkpoint.set_aside(folder, 20)
-    monkeypatch.setattr("sys.argv", ["checkpoint", str(folder.parent)])
-    assert checkpoint.main() == 0
+    assert checkpoint.main([folder.parent]) == 0
     assert [line.split()[2] for line in capsys.readouterr().out.splitlines()[3:]] == ["30.aside,", "40,"]
-    monkeypatch.setattr("sys.argv", ["checkpoint", str(folder.parent), "--clean"])
+    clean = [folder.parent, "--clean"]
     with open(folder.parent / "lock", "a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="is in use by another run"):
-            checkpoint.main()
-    assert checkpoint.main() == 0
+            checkpoint.main(clean)
+    assert checkpoint.main(clean) == 0
     assert sorted(os.listdir(folder)) == ["10", "20", "deleted"]
     assert restored_step(folder) == 20
 
@@ -360,19 +359,17 @@ def test_reading_leaves_the_folder_as_it_is(folder):
     assert sorted(os.listdir(folder)) == before
 
 
-def test_the_list_of_steps_tells_whole_from_damaged(folder, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["checkpoint", str(folder.parent)])
-    assert checkpoint.main() == 0
+def test_the_list_of_steps_tells_whole_from_damaged(folder, capsys):
+    assert checkpoint.main([folder.parent]) == 0
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[:3]] == ["10", "20", "30"]
     largest = max(data_files(folder), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 4
     largest.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"the newest checkpoint in .* cannot be used: "):
-        checkpoint.main()
+        checkpoint.main([folder.parent])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("MB")[1].split()[0] for line in lines[:3]] == ["whole", "whole", "DAMAGED:"]
     assert lines[3].startswith("newest whole: step 20, skipped 2,")
-    monkeypatch.setattr("sys.argv", ["checkpoint", str(folder / "nowhere")])
     with pytest.raises(CheckpointError, match="there is no run in"):
-        checkpoint.main()
+        checkpoint.main([folder / "nowhere"])

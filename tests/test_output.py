@@ -16,7 +16,7 @@ from conftest import ROOT
 TALK = """
 import sys, warnings
 from ddpm_jax import errors, log
-def main():
+def main(argv):
     folder, fails = sys.argv[1:]
     log.note("a note")
     warnings.warn("it is late")

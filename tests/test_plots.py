@@ -61,9 +61,7 @@ def broken(whole, tmp_path):
 @pytest.fixture(scope="module")
 def drawn(whole):
     """What one whole call has printed, and the page it has made."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["plots", str(whole), "--report", "--num=3", "--seed=4"])
-        assert errors.run(plots.main) == 0
+    assert plots.main([whole, "--report", "--num=3", "--seed=4"]) == 0
     return (whole / "report.html").read_text()
 
 

@@ -15,7 +15,7 @@ from conftest import make_run
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from ddpm_jax import checkpoint, config, data, errors, experiment, options
+from ddpm_jax import checkpoint, config, data, experiment, options
 from ddpm_jax.commands import evaluate, sample, train
 from ddpm_jax.plots import __main__ as plots
 from ddpm_jax.plots import album, card, records
@@ -97,9 +97,7 @@ def fingerprint(parts):
 @pytest.fixture(scope="module")
 def made(whole):
     """The card of that run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["plots", str(whole), "--card", "--curves"])
-        assert errors.run(plots.main) == 0
+    assert plots.main([whole, "--card", "--curves"]) == 0
     return (whole / "card.md").read_text()
 
 

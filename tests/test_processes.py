@@ -207,7 +207,7 @@ def fail(kind, process):
         raise kind(f"of a file \\udcff ä {{kind.__name__}}")
     return me
 
-def main():
+def main(argv):
     global me
     parallel.start(4, distributed="PLACE", cpu_devices=2, heartbeat=10)
     me = 1 - parallel.is_first()

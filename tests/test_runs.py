@@ -142,7 +142,7 @@ def test_a_path_from_which_orbax_cannot_read_is_refused(tmp_path, letter):
 def test_a_folder_that_another_process_does_not_see(tmp_path):
     with pytest.raises(ConfigError, match="is not the same folder for all processes"):
         runs.check_seen(tmp_path / "run")
-    runs.claim(tmp_path / "run")
+    runs.claim(tmp_path / "run").close()
     runs.check_seen(tmp_path / "run")
 
 

@@ -45,7 +45,7 @@ def run(program, *numbers, seconds=20):
 
 
 BEFORE = """
-def main():
+def main(argv):
     with signals.caught():
         now()
         time.sleep(10)
@@ -56,8 +56,8 @@ sys.exit(errors.run(main))
 
 @pytest.mark.parametrize(
     ("number", "code", "told"),
-    [(signal.SIGTERM, 75, ""), (signal.SIGINT, 130, "interrupted\n")],
-    ids=["fault_04 SIGTERM", "fault_07 Ctrl-C"],
+    [(signal.SIGTERM, 75, ""), (signal.SIGUSR1, 75, ""), (signal.SIGINT, 130, "interrupted\n")],
+    ids=["fault_04 SIGTERM", "fault_04 SIGUSR1", "fault_07 Ctrl-C"],
 )
 def test_a_signal_before_there_is_anything_to_save(number, code, told):
     done = run(BEFORE, number)
@@ -81,7 +81,7 @@ def test_old_handlers_are_back_afterwards():
 
 
 AFTER = """
-def main():
+def main(argv):
     with signals.caught() as asked:
         print(asked())
         for _ in range({times}):
@@ -101,13 +101,33 @@ sys.exit(errors.run(main))
         ([signal.SIGINT], 130),
         ([signal.SIGTERM, signal.SIGTERM, signal.SIGTERM], 75),
         ([signal.SIGINT, signal.SIGTERM], 130),
+        ([signal.SIGHUP], 75),
+        ([signal.SIGUSR1, signal.SIGTERM], 75),
+        ([signal.SIGUSR2], 75),
+        ([signal.SIGXCPU], 75),
     ],
-    ids=["fault_04 SIGTERM", "fault_07 Ctrl-C", "fault_06 SIGTERM again", "fault_06 SIGTERM after Ctrl-C"],
+    ids=["fault_04 SIGTERM", "fault_07 Ctrl-C", "fault_06 SIGTERM again", "fault_06 SIGTERM after Ctrl-C"]
+    + [f"fault_04 {name}" for name in ("SIGHUP", "SIGUSR1, then SIGTERM", "SIGUSR2", "SIGXCPU")],
 )
 def test_a_signal_is_recorded_and_the_first_decides(numbers, code):
     done = run(AFTER.format(times=len(numbers), wait="time.sleep(0.2)"), *numbers)
     assert done.stdout == ["None", *["now", str(code)] * len(numbers)]
     assert (done.returncode, done.stderr) == (code, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT], ids=["fault_04 nohup", "fault_04 background"])
+def test_what_is_ignored_at_the_start_stays_so(number):
+    """As under nohup; a shell that is no terminal's has what it starts in the background ignore Ctrl-C."""
+    program = f"signal.signal({int(number)}, signal.SIG_IGN)" + AFTER.format(times=1, wait="time.sleep(0.2)")
+    done = run(program, number)
+    assert (done.returncode, done.stdout, done.stderr) == (0, ["None", "now", "None"], "")
+
+
+def test_signals_of_the_program_are_its_own():
+    """They come by the same file descriptor."""
+    program = "signal.signal(signal.SIGWINCH, lambda *_: print('mine'))" + AFTER.format(times=1, wait="time.sleep(0.2)")
+    done = run(program, signal.SIGWINCH)
+    assert (done.returncode, done.stdout, done.stderr) == (0, ["None", "now", "mine", "None"], "")
 
 
 TWICE = """
@@ -116,7 +136,7 @@ def announce():
         time.sleep(0.2)
         now()
 
-def main():
+def main(argv):
     with signals.caught() as asked:
         asked()
         threading.Thread(target=announce, daemon=True).start()
@@ -145,7 +165,7 @@ HANGS = """
 def stuck(event):
     event.wait({seconds})
 
-def main():
+def main(argv):
     with signals.watchdog({patience}, {abort}) as feed:
         event = threading.Event()
         other = threading.Thread(target=stuck, args=[event], daemon=True)

@@ -14,8 +14,7 @@ def spelled(command):
     return f"{command}.py" if script else f"-m ddpm_jax {command}"
 
 
-def parse(cls, command, description, load=None):
-    """`options.parse` of the command line that started `command`; the description has it as python -m ddpm_jax does."""
+def parse(cls, argv, command, description, load=None):
+    """`options.parse` for `command`, whose description has it as python -m ddpm_jax does."""
     prog = spelled(command)
-    argv = sys.argv[1:] if prog.endswith(".py") else sys.argv[2:]
     return options.parse(cls, argv, prog, description.replace(f"-m ddpm_jax {command}", prog), load)

@@ -9,11 +9,9 @@ The result is one JSON file, in which beside each number stands all it depends o
 
 import dataclasses
 import json
-import os
-from pathlib import Path
 
-from ddpm_jax import commands, errors, options
-from ddpm_jax.files import write_atomic
+from ddpm_jax import commands, errors, log, options
+from ddpm_jax.files import expand, write_atomic
 
 LIKELIHOOD, SAMPLES = ("nll", "ode", "mse"), ("kid", "fid", "pr", "copies", "moments")
 METRICS = LIKELIHOOD + SAMPLES
@@ -67,17 +65,17 @@ class Args(options.Arguments):
     debug: bool = options.option(False, "show tracebacks")
 
 
-def main():
-    args = commands.parse(Args, "evaluate", __doc__)
+@log.quiet()
+def main(argv=None):
+    """The exit code of evaluating with the options `argv`, those of the program when None."""
+    args = commands.parse(Args, argv, "evaluate", __doc__)
 
-    from ddpm_jax import checkpoint, experiment, log, parallel
+    from ddpm_jax import checkpoint, experiment, parallel, signals
 
-    checkpoint.quiet()
     workdir, step = (None, None) if args.samples else experiment.find(args.workdir, args.step)
-    samples = Path(args.samples).expanduser()
+    samples = expand(args.samples)
     beside = samples.with_suffix(".json") if samples.is_file() else samples / "evaluation.json"
-    beside = beside if args.samples else workdir / "evaluation.json"
-    out = Path(os.path.expanduser(args.out or beside))
+    out = expand(args.out or (beside if args.samples else workdir / "evaluation.json"))
     if out.exists() and not out.is_file():
         raise errors.ConfigError(f"--out={out} is a folder or a device; give the name of a file")
     if out.exists() and not args.overwrite:
@@ -88,7 +86,7 @@ def main():
         out.parent.mkdir(parents=True, exist_ok=True)
     report |= {"versions": checkpoint.versions(), "devices": parallel.describe()}
     log.note(f"{what}, {', '.join(args.metrics)}, {parallel.describe()}")
-    with parallel.memory_for(f"try a --batch-size smaller than {args.batch_size}"):
+    with signals.caught(), parallel.memory_for(f"try a --batch-size smaller than {args.batch_size}"):
         metrics = work(log.now_and_then(log.note))
     for name, number in metrics.items():
         log.note(in_words(name, number))
@@ -153,7 +151,7 @@ def on_samples(args):
     images = data.load(f"npz:{args.samples}").images
     if args.data:
         raise errors.ConfigError(f"--data={args.data} is of a run; what --samples are held against is --reference")
-    file, config = Path(args.workdir).expanduser() / "config.json", configs.Data()
+    file, config = expand(args.workdir) / "config.json", configs.Data()
     if not args.reference:
         if not file.is_file():
             raise errors.ConfigError(f"--samples needs a --reference, or the --workdir of a run (no {file})")

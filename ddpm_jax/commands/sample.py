@@ -7,14 +7,13 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import time
 import warnings
 import zlib
 from pathlib import Path
 
-from ddpm_jax import commands, errors, options
-from ddpm_jax.files import write_atomic
+from ddpm_jax import commands, errors, log, options
+from ddpm_jax.files import expand, write_atomic
 
 PAIR = "two values with a comma between", lambda value: len(value) in (0, 2)
 
@@ -68,16 +67,17 @@ FRAMES = 40  # of the GIF
 PLACES = ("workdir", "out", "png", "overwrite", "platform", "cpu_devices", "debug")  # change no image
 
 
-def main():
-    args = commands.parse(Args, "sample", __doc__)
+@log.quiet()
+def main(argv=None):
+    """The exit code of sampling with the options `argv`, those of the program when None."""
+    args = commands.parse(Args, argv, "sample", __doc__)
 
     import numpy as np
 
-    from ddpm_jax import checkpoint, experiment, keys, log, parallel, program, shards, signals
+    from ddpm_jax import experiment, keys, parallel, program, shards, signals
 
-    checkpoint.quiet()
     workdir, step = experiment.find(args.workdir, args.step)
-    out, indices = Path(os.path.expanduser(args.out or workdir / "out")), np.arange(1 if args.reconstruct else args.num)
+    out, indices = expand(args.out or workdir / "out"), np.arange(1 if args.reconstruct else args.num)
     begun = (out / shards.SETTINGS).exists()  # and perhaps to be gone on with, which is seen to below
     for name in () if args.overwrite or begun else [*files(args, indices), *(at.name for at in shards.files(out))]:
         if (out / name).exists():
@@ -166,7 +166,7 @@ def what_it_is(args, num, params, step, steps):
     settings |= {"parameters": f"{trees.digest(params):08x}"}
     for name in ("inpaint", "mask", "reconstruct", "interpolate"):
         paths = [settings[name]] if isinstance(settings[name], str) else settings[name]
-        settings[name] = [f"{zlib.crc32(Path(os.path.expanduser(path)).read_bytes()):08x}" for path in paths if path]
+        settings[name] = [f"{zlib.crc32(expand(path).read_bytes()):08x}" for path in paths if path]
     made_with = checkpoint.versions() | {"devices": parallel.describe()}
     made_with |= {name: settings[name] for name in ("batch_size", "gif", "preview")}
     for name in (*PLACES, "batch_size", "gif", "preview"):
@@ -247,11 +247,11 @@ def choose_edit(args, parts, root):
 
 def read(path, shape, value_range=()):
     """A picture file in the shape of the model's images, in [-1, 1]; value_range: that of the run's data."""
-    from ddpm_jax import data, images, log
+    from ddpm_jax import data, images
 
     try:
-        height, width = data.read(path, (), shape[-1], value_range).shape[:2]
-        picture = images.to_unit(data.read(path, shape[:2], shape[-1], value_range))
+        height, width = data.read(expand(path), (), shape[-1], value_range).shape[:2]
+        picture = images.to_unit(data.read(expand(path), shape[:2], shape[-1], value_range))
     except Exception as error:  # Pillow raises whatever a broken file brings about
         raise errors.DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     scale = min(height / shape[0], width / shape[1])
@@ -272,14 +272,14 @@ def read_mask(path, known, shape, value_range=()):
     from ddpm_jax import data
 
     levels = (read(path, shape) + 1) / 2
-    height, width = data.read(known, (), shape[-1], value_range).shape[:2]
-    down, across = data.read(path, (), shape[-1]).shape[:2]
+    height, width = data.read(expand(known), (), shape[-1], value_range).shape[:2]
+    down, across = data.read(expand(path), (), shape[-1]).shape[:2]
     if abs(height * across - width * down) > max(height, width, down, across):  # by more than rounding
         raise errors.ConfigError(
             f"--inpaint={known} is {width}x{height}, --mask={path} {across}x{down}: other parts of them would be cut "
             f"for the model's {shape[1]}x{shape[0]}; give both the same size, or crop both to that one"
         )
-    with Image.open(os.path.expanduser(path)) as picture:
+    with Image.open(expand(path)) as picture:
         if picture.has_transparency_data and picture.convert("RGBA").getchannel("A").getextrema()[0] < 255:
             raise errors.ConfigError(f"--mask={path} has transparent parts; save it as black (kept) and white, opaque")
     if np.all(levels < 0.5) or np.all(levels >= 0.5):

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ddpm_jax import commands, errors, options
+from ddpm_jax import commands, errors, log, options
 from ddpm_jax import config as configs
+from ddpm_jax.files import expand
 
 
 def is_span(text):
@@ -58,15 +59,17 @@ class Args(options.Arguments):
     debug: bool = options.option(False, "show tracebacks")
 
 
-def main():
-    args = commands.parse(Args, "train", __doc__, configs.load)
+@log.quiet()
+def main(argv=None):
+    """The exit code of training with the options `argv`, those of the program when None."""
+    argv = options.words(argv)
+    args = commands.parse(Args, argv, "train", __doc__, configs.load)
     if args.strict_data:
         args = options.replace(args, {"config.data.max_unreadable": 0.0})
-    workdir = Path(args.workdir or f"runs/{Path(args.config_file).stem}").expanduser()
+    workdir = expand(args.workdir or f"runs/{Path(args.config_file).stem}")
 
-    from ddpm_jax import checkpoint, data, log, parallel, runs, signals
+    from ddpm_jax import checkpoint, data, parallel, runs, signals
 
-    checkpoint.quiet()
     config = args.config.train
     if args.topology and not args.dry_run:
         raise errors.ConfigError(f"--topology={args.topology} only compiles; add --dry-run")
@@ -106,10 +109,10 @@ def main():
             say(f"already finished at step {done:,}; for more, --config.train.steps={2 * done}")
             return 0
         # All is checked: from here on the folder of the run is written.
-        parallel.together(lambda: parallel.is_first() and runs.claim(workdir))
-        parallel.together(lambda: runs.check_seen(workdir))
-        shown = args.wandb, span(args)
-        return train(parts, dataset, fingerprint, workdir, asked, say, args.step or None, args.allow_change, *shown)
+        with parallel.together(lambda: runs.claim(workdir) if parallel.is_first() else contextlib.nullcontext()):
+            parallel.together(lambda: runs.check_seen(workdir))
+            shown = args.wandb, span(args), [*commands.spelled("train").split(), *argv]
+            return train(parts, dataset, fingerprint, workdir, asked, say, args.step or None, args.allow_change, *shown)
 
 
 def prepare(args, workdir, say):
@@ -173,8 +176,11 @@ class RollBack(BaseException):
     """A step was not finite; in all processes, so that none takes it for an error of its own."""
 
 
-def train(parts, dataset, fingerprint, workdir, asked, say, step=None, allowed=(), project="", span=(0, 0)):
-    """Algorithm 1 from the newest checkpoint, that of `step` or from the beginning to the last step; the exit code."""
+def train(parts, dataset, fingerprint, workdir, asked, say, step=None, allowed=(), project="", span=(0, 0), argv=()):
+    """Algorithm 1 from the newest checkpoint, that of `step` or from the beginning to the last step; the exit code.
+
+    argv: the command, to be recorded.
+    """
     import jax
 
     from ddpm_jax import checkpoint, parallel, program, runs, signals
@@ -206,7 +212,7 @@ def train(parts, dataset, fingerprint, workdir, asked, say, step=None, allowed=(
                 told = f"on from step {begun} with other batches and noise ({tries[begun]} of at most {most} times)"
                 warnings.warn(f"{failure}; {told}", stacklevel=2)
             else:
-                parallel.together(lambda: parallel.is_first() and runs.record(workdir, parts.config))
+                parallel.together(lambda: parallel.is_first() and runs.record(workdir, parts.config, argv))
                 say("compiling the training step")
             entries = fixed | {"rollbacks": rollbacks, "branch": branch}
             run = Run(parts, made, workdir, entries, write_grid, evaluate, asked, feed, say, project, span)
@@ -224,7 +230,7 @@ def follow(run, state, window):
     import jax
     import numpy as np
 
-    from ddpm_jax import averages, boards, checkpoint, data, experiment, log, parallel, profiling, training
+    from ddpm_jax import averages, boards, checkpoint, data, experiment, parallel, profiling, training
 
     config, say, again = run.parts.config.train, run.say, run.entries["rollbacks"]
     first, last, at_once = int(np.max(state.step)), config.steps, config.steps_per_call

@@ -1,11 +1,12 @@
 """Prepare, describe and show a data source: python -m ddpm_jax.data tfds:fashion_mnist --out=grid.png"""
 
 import dataclasses
-import logging
 import sys
 
 from ddpm_jax import errors, options
 from ddpm_jax.config import Data
+from ddpm_jax.files import expand
+from ddpm_jax.log import without_warnings_of_absl
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +26,10 @@ class Args(options.Arguments):
     debug: bool = options.option(False, "show tracebacks")
 
 
-def main():
+@without_warnings_of_absl()  # TFDS warns of what is as it should be
+def main(argv=None):
     """Print what the data are, one fact a line."""
-    argv = options.first_named(sys.argv[1:], "source")
+    argv = options.first_named(options.words(argv), "source")
     args = options.parse(Args, argv, "-m ddpm_jax.data SOURCE", __doc__)
     if not args.source:
         raise errors.ConfigError("name a source, for example python -m ddpm_jax.data folder:my_pictures")
@@ -38,7 +40,6 @@ def main():
 
     from ddpm_jax import data, evaluation
 
-    logging.getLogger("absl").setLevel(logging.ERROR)  # TFDS warns of what is as it should be
     named = {name: value for name, value in vars(args).items() if name not in ("num", "out", "debug")}
     dataset = data.load(**named)
     count, height, width, channels = dataset.images.shape
@@ -57,7 +58,7 @@ def main():
 
         picked = np.linspace(0, count - 1, min(count, args.num)).astype(int)
         with errors.writing(f"--out={args.out}"):
-            images.save_png(args.out, images.grid(dataset.images[picked]))
+            images.save_png(expand(args.out), images.grid(dataset.images[picked]))
     return 0
 
 

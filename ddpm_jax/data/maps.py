@@ -8,14 +8,13 @@ import math
 import os
 import shutil
 import warnings
-from pathlib import Path
 
 import numpy as np
 
 from ddpm_jax.data.intake import LEVELS
 from ddpm_jax.data.loader import Dataset, prefetch
 from ddpm_jax.errors import DataError, first_line
-from ddpm_jax.files import locked, write_atomic
+from ddpm_jax.files import cache_folder, locked, write_atomic
 from ddpm_jax.log import note, progress
 
 GROUP = 8  # items that a thread decodes at once, so that it gets on for a while
@@ -33,7 +32,7 @@ def decode(name, state, items, get, shape, max_unreadable, cache_dir, levels=())
     `max_unreadable` of them is an error. It is told how many frames were left out, and how values of more than 8 bits
     lie between the two of `levels` from which they were scaled.
     """
-    base = Path(cache_dir).expanduser() / digest(f"{name}:{shape}")[:16]
+    base = cache_folder(cache_dir) / digest(f"{name}:{shape}")[:16]
 
     def attempt(item):
         reason = None

@@ -17,6 +17,7 @@ from PIL import Image
 
 from ddpm_jax.data.archives import find, read_idx, read_members
 from ddpm_jax.errors import DataError, first_line
+from ddpm_jax.files import expand
 from ddpm_jax.log import note, progress
 
 TIMEOUT = 30  # seconds without a byte after which a download has failed
@@ -32,7 +33,7 @@ def prepare(builder, files=""):
 
     Raises DataError when they cannot be had, or are damaged, cut off or others.
     """
-    folder = Path(os.path.expanduser(files)) if files else _download(builder)
+    folder = expand(files) if files else _download(builder)
     read, counts = SETS[builder.name]
     examples = read(folder, builder, counts)
     if not all(_is_original(folder / info.filename, info) for info in builder.url_infos.values()):

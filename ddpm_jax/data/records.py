@@ -9,7 +9,7 @@ from ddpm_jax.data.intake import fit_array
 from ddpm_jax.data.maps import GROUP, decode
 from ddpm_jax.data.prepare import SETS, prepare, write
 from ddpm_jax.errors import DataError, first_line
-from ddpm_jax.files import locked
+from ddpm_jax.files import cache_folder, expand, has_home, locked
 from ddpm_jax.log import note, without_warnings_of_absl
 
 
@@ -20,7 +20,7 @@ def from_tfds(
     import tensorflow_datasets as tfds
 
     def make():
-        return tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None)
+        return tfds.builder(name, data_dir=_folder(data_dir))
 
     try:
         builder = make()
@@ -43,6 +43,13 @@ def from_tfds(
     return _from_builder(builder, image_size, channels, split, cache_dir, range)
 
 
+def _folder(data_dir):
+    """The folder of prepared sets; None for TFDS's own default, which is one of the environment or of the home."""
+    if data_dir:
+        return expand(data_dir)
+    return None if has_home() or "TFDS_DATA_DIR" in os.environ else cache_folder() / "tensorflow_datasets"
+
+
 def _with_tensorflow(name, data_dir):
     return f"where TensorFlow is installed by tfds build {name} --file_format=array_record --data_dir={data_dir}"
 
@@ -52,7 +59,7 @@ def from_digits(_, image_size, channels, split="train", data_dir="", cache_dir="
     from ddpm_jax.data.digits import Digits
 
     def make():
-        return Digits(data_dir=os.path.expanduser(data_dir) or None, file_format="array_record")
+        return Digits(data_dir=_folder(data_dir), file_format="array_record")
 
     try:
         builder = _prepared(make, write)

@@ -4,7 +4,6 @@ import inspect
 import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from ddpm_jax.data.loader import Dataset, in_order
 from ddpm_jax.data.maps import decode, digest
 from ddpm_jax.data.records import from_digits, from_tfds
 from ddpm_jax.errors import DataError, first_line
+from ddpm_jax.files import expand
 from ddpm_jax.log import note
 from ddpm_jax.options import to_text
 
@@ -57,7 +57,7 @@ def from_npz(path: str, image_size: tuple[int, ...], channels: int, **_) -> Data
     Where there are no such names, arr_0 (and arr_1), as guided-diffusion writes samples and ADM its reference batches.
     Of a folder, the samples that sample.py has written there in shards.
     """
-    place = Path(path).expanduser()
+    place = expand(path)
     try:
         file = shards.load(place) if place.is_dir() else np.load(place, mmap_mode="r", allow_pickle=False)
         arrays = {"images": file} if isinstance(file, np.ndarray) else dict(file)
@@ -104,7 +104,7 @@ def from_folder(
     """
     if not folder:
         raise DataError("data.source=folder: names no folder; say for example --config.data.source=folder:my_pictures")
-    folder = Path(os.path.expanduser(folder))
+    folder = expand(folder)
     if not os.path.isdir(folder):  # which never raises
         raise DataError(f"there is no folder {folder} (data.source=folder:{folder})")
     if not image_size:

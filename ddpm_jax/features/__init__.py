@@ -11,6 +11,7 @@ import numpy as np
 from ddpm_jax import images, parallel
 from ddpm_jax.errors import CheckpointError, ConfigError
 from ddpm_jax.features import enl0, inception, torchfile
+from ddpm_jax.files import expand
 
 
 class Extractor(NamedTuple):
@@ -40,6 +41,7 @@ def _load_enl0(file):
 def _load_inception(file):
     if not file:
         raise ConfigError("the features inception need --inception=FILE, such as pt_inception-2015-12-05-6726825d.pth")
+    file = expand(file)
     params, sha256 = inception.params(torchfile.read(file), file), _sha256(file)
     try:
         jax.eval_shape(inception.apply, params, np.zeros((1, 1, 3), np.uint8))

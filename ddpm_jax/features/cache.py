@@ -4,14 +4,13 @@ import hashlib
 import json
 import os
 import zlib
-from pathlib import Path
 
 import jax
 import numpy as np
 
 from ddpm_jax.errors import DataError
 from ddpm_jax.features import extract
-from ddpm_jax.files import locked, write_atomic
+from ddpm_jax.files import cache_folder, locked, write_atomic
 from ddpm_jax.log import note
 
 FORMAT = 1  # to be raised when an extractor changes what it makes of the same weights
@@ -33,7 +32,7 @@ def reference(extractor, images, where, folder, batch_size=64, feed=lambda done:
     """
     name = where | {"extractor": extractor.name, "shape": list(images.shape)}
     made_of = name | {"images": digest(images), "sha256": extractor.sha256, "format": FORMAT}
-    base = Path(folder).expanduser() / f"features-{hashlib.sha256(json.dumps(name).encode()).hexdigest()[:16]}"
+    base = cache_folder(folder) / f"features-{hashlib.sha256(json.dumps(name).encode()).hexdigest()[:16]}"
     try:
         base.parent.mkdir(parents=True, exist_ok=True)
         with locked(base.with_suffix(".lock")):

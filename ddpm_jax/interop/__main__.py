@@ -7,13 +7,12 @@ The first makes a run of a DDPM in diffusers' layout, which sample.py, evaluate.
 such a folder. A FILE.safetensors in the place of DIR is our own: parameters, and the config inside.
 """
 
-import contextlib
 import dataclasses
 import shutil
 import sys
-from pathlib import Path
 
-from ddpm_jax import commands, errors, options
+from ddpm_jax import commands, errors, log, options
+from ddpm_jax.files import expand
 
 RUN = ("config.json", "checkpoints", "averages", "samples", "metrics.jsonl", "run.json")  # what training writes
 
@@ -40,37 +39,37 @@ class Export(options.Arguments):
     debug: bool = options.option(False, "show tracebacks")
 
 
-def main():
-    command, words = " ".join(sys.argv[1:2]), sys.argv[2:]
+@log.quiet()
+def main(argv=None):
+    command, *rest = words = options.words(argv) or [""]
     if command in ("-h", "--help"):
         print(__doc__)
         return 0
     if command not in COMMANDS:
         raise errors.ConfigError(f"{command!r} is neither import nor export; see python -m ddpm_jax.interop --help")
     arguments, names, work = COMMANDS[command]
-    argv = options.first_named(words, *names)
+    argv = options.first_named(rest, *names)
     args = options.parse(arguments, argv, f"-m ddpm_jax.interop {command}", work.__doc__)
     if not args.path or not args.workdir:
         raise errors.ConfigError(
             f"{'--workdir' if args.path else '--path'} is missing; see python -m ddpm_jax.interop {command} --help"
         )
-    return work(args, Path(args.path).expanduser())
+    return work(args, expand(args.path), ["-m", "ddpm_jax.interop", *words])
 
 
-def import_run(args, path):
+def import_run(args, path, argv):
     """Make a run of a DDPM in diffusers' layout, or of a FILE.safetensors with the config inside."""
-    from ddpm_jax import checkpoint, config, experiment, log
+    from ddpm_jax import checkpoint, config, experiment
     from ddpm_jax.interop import released, tensors
 
-    checkpoint.quiet()
-    workdir = Path(args.workdir).expanduser()
+    workdir = expand(args.workdir)
     if not args.overwrite and ((workdir / RUN[0]).exists() or checkpoint.steps(workdir / "checkpoints")):
         raise errors.ConfigError(f"{workdir} already holds a run; take another --workdir, or say --overwrite")
     found = released.read(path)
     changes = {"data.source": args.source} if args.source else {}
     parts = experiment.make(config.replace(found.config, changes), found.shape)
     template = experiment.params_shape(parts)
-    write_run(parts, tensors.fit(found.arrays, template, found.spelling, path), workdir)
+    write_run(parts, tensors.fit(found.arrays, template, found.spelling, path), workdir, argv)
     for note in found.notes:
         log.note(note)
     log.note(f"{path} is now step 0 of {workdir}: {experiment.parameter_count(parts):,} parameters")
@@ -80,11 +79,11 @@ def import_run(args, path):
     return 0
 
 
-def write_run(parts, params, workdir):
+def write_run(parts, params, workdir, argv=()):
     """A run whose one checkpoint, of step 0, has `params`, them also as their average, and a fresh optimiser."""
     from ddpm_jax import checkpoint, experiment, parallel, runs
 
-    with contextlib.closing(runs.claim(workdir)):
+    with runs.claim(workdir):
         for path in (workdir / name for name in RUN):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         state = experiment.make_training(parts)[0](params)
@@ -93,15 +92,14 @@ def write_run(parts, params, workdir):
         with checkpoint.open_manager(workdir / "checkpoints") as manager:
             checkpoint.save(manager, state, **meta)
             checkpoint.finish(manager)
-        runs.record(workdir, parts.config)  # last: a config without a checkpoint would train from the beginning
+        runs.record(workdir, parts.config, argv)  # last: a config without a checkpoint would train from the beginning
 
 
-def export_run(args, path):
+def export_run(args, path, argv):
     """Write a run in diffusers' layout, or as a FILE.safetensors with the config inside."""
-    from ddpm_jax import checkpoint, experiment, log
+    from ddpm_jax import experiment
     from ddpm_jax.interop import released
 
-    checkpoint.quiet()
     workdir, step = experiment.find(args.workdir, args.step)
     there = [name for name in released.names(path) if name.exists()]
     if there and not args.overwrite:

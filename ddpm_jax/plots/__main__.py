@@ -7,12 +7,10 @@ those of an earlier call are overwritten.
 
 import dataclasses
 import itertools
-import os
 import sys
-from pathlib import Path
 
-from ddpm_jax import errors, options
-from ddpm_jax.files import write_atomic
+from ddpm_jax import errors, log, options
+from ddpm_jax.files import expand, write_atomic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,19 +35,20 @@ class Args(options.Arguments):
     debug: bool = options.option(False, "show tracebacks")
 
 
-def main():
-    argv = options.first_named(sys.argv[1:], "workdir")
+@log.quiet()
+def main(argv=None):
+    """The exit code of plotting with the options `argv`, those of the program when None."""
+    argv = options.first_named(options.words(argv), "workdir")
     args = options.parse(Args, argv, "-m ddpm_jax.plots RUN", __doc__)
     if not args.workdir:
         raise errors.ConfigError("name a run, for example python -m ddpm_jax.plots runs/digits")
 
-    from ddpm_jax import checkpoint, experiment, log, parallel
+    from ddpm_jax import checkpoint, experiment, parallel
     from ddpm_jax.plots import album, card, figures, records, report
 
     figures.check()
-    checkpoint.quiet()
     run, step = experiment.find(args.workdir, args.step)
-    out, beside = (Path(os.path.expanduser(args.out)),) * 2 if args.out else (run / "plots", run)
+    out, beside = (expand(args.out),) * 2 if args.out else (run / "plots", run)
     metrics, evaluation = records.metrics(run / "metrics.jsonl"), records.evaluation(run / "evaluation.json")
     starts, grids = records.starts(run / "run.json"), records.grids(run / "samples", args.member)
     parallel.start(args.num, platform=args.platform, distributed="off", cpu_devices=args.cpu_devices)

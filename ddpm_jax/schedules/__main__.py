@@ -4,7 +4,7 @@ import dataclasses
 import sys
 
 from ddpm_jax import errors, options
-from ddpm_jax.files import write_atomic
+from ddpm_jax.files import expand, write_atomic
 from ddpm_jax.schedules import make_schedule
 from ddpm_jax.schedules.report import report, warn_of_signal
 
@@ -19,8 +19,8 @@ class Args(options.Arguments):
     out: str = options.option("", "PNG to draw the schedule into; needs matplotlib")
 
 
-def main():
-    args = vars(options.parse(Args, sys.argv[1:], "-m ddpm_jax.schedules", __doc__))
+def main(argv=None):
+    args = vars(options.parse(Args, argv, "-m ddpm_jax.schedules", __doc__))
     out, name = args.pop("out"), args.pop("schedule")
     schedule = make_schedule(name, **args)
     for key, value in report(schedule).items():
@@ -30,7 +30,7 @@ def main():
         from ddpm_jax.plots import figures
 
         with errors.writing(f"--out={out}"):
-            write_atomic(out, figures.png(figures.schedule(schedule)))
+            write_atomic(expand(out), figures.png(figures.schedule(schedule)))
     return 0
 
 
