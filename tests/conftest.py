@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import runpy
 import shutil
 import socket
 import subprocess
@@ -30,6 +31,10 @@ from ddpm_jax.interop import __main__ as interop
 from ddpm_jax.interop import released, tensors
 
 ROOT = Path(__file__).parent.parent
+STARTUP = ROOT / "tests" / "startup"  # what its file does, it does here and in every Python that a test starts
+PYTHONPATH = os.environ["PYTHONPATH"] = f"{ROOT}:{STARTUP}"
+
+runpy.run_path(str(STARTUP / "sitecustomize.py"))
 
 TINY = {
     "channels": 8,
@@ -76,7 +81,7 @@ def environment(tmp_path_factory):
     own = {name: str(folder / sub) for name, sub in names.items()}
     ours = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_ENABLE_COMPILATION_CACHE")
     kept = {k: v for k, v in os.environ.items() if k not in ours}
-    return kept | own | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": str(ROOT)}
+    return kept | own | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import warnings
 
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL, fingerprint, metrics
+from conftest import PYTHONPATH, SMALL, fingerprint, metrics
 
 from ddpm_jax import boards, log
 
@@ -158,7 +158,7 @@ def test_a_run_goes_on_without_them(trained, script, tmp_path):
     for name, fails in (("tensorboardX", ""), ("wandb", "log")):
         (tmp_path / f"{name}.py").write_text(RECORDER.replace("FAILS", fails))
     options = [*SMALL, "--config.train.steps=60", "--cpu-devices=1", f"--workdir={tmp_path / 'run'}"]
-    variables = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    variables = {"PYTHONPATH": f"{tmp_path}:{PYTHONPATH}"}
     done = script("train.py", *options, "--wandb=faces", "--profile=20:22", **variables)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "warning: Weights & Biases is shown no more of this run: the network is gone\n"
