@@ -12,6 +12,7 @@ from conftest import ROOT, SMALL, assert_one_line, metrics
 from PIL import Image
 
 from ddpm_jax import checkpoint
+from ddpm_jax.commands import sample, train
 
 
 def test_a_run_leaves_what_it_promises(trained):
@@ -185,8 +186,11 @@ MISTAKES = {
 }
 
 
+AS_PROCESSES = ("fault_28 unknown key", "fault_39 platform", "source", "no run")  # one of each code, and a first start
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_gets_one_line_and_its_exit_code(script, trained, tmp_path, mistake):
+def test_a_mistake_gets_one_line_and_its_exit_code(script, call, environment, monkeypatch, trained, tmp_path, mistake):
     (command, *options), code, fragment = MISTAKES[mistake]
     (tmp_path / "EMPTY").mkdir()
     (tmp_path / "NEW" / "checkpoints").mkdir(parents=True)
@@ -197,7 +201,13 @@ def test_a_mistake_gets_one_line_and_its_exit_code(script, trained, tmp_path, mi
         options = [option.replace(name, place) for option in options]
     if not any(option.startswith("--workdir") for option in options):
         options.append(f"--workdir={tmp_path / 'workdir'}")
-    done = script(command, *options)
+    if mistake in AS_PROCESSES:
+        done = script(command, *options)
+    else:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setenv("TFDS_DATA_DIR", environment["TFDS_DATA_DIR"])
+        module = {"train.py": train, "sample.py": sample}[command]
+        done = subprocess.CompletedProcess(command, *call(module, *options))
     assert done.returncode == code, done.stderr
     assert fragment in done.stderr
     assert_one_line(done)
