@@ -26,7 +26,7 @@ MODELS = {
     "as in the paper": (PAPER, {}),
     "with all options": (
         PAPER | {"num_classes": 3, "scale_shift": True, "symmetric_halving": True, "head_channels": 4, "remat": True},
-        {"variance": "learned", "parameterization": "v", "error": "output", "weighting": "min_snr"},
+        {"variance": "learned", "parameterization": "v", "weighting": "min_snr"},
     ),
 }
 
@@ -55,10 +55,10 @@ def images(number, shape):
 def test_loss_and_gradient(model, number):
     options, names = MODELS[model]
     parts = small_experiment(options, **names)
-    parameterization = diffusion.ERRORS[names.get("error", "eps")](parts.parameterization)
-    extra = {"extra": likelihood.make_variance_loss(parts.schedule, parameterization)} if "variance" in names else {}
+    process = parts.schedule, parts.parameterization
+    extra = {"extra": likelihood.make_variance_loss(*process)} if "variance" in names else {}
     weighting = diffusion.WEIGHTINGS[names.get("weighting", "simple")]
-    loss = diffusion.make_loss(parts.net, parts.schedule, parameterization, weighting, **extra)
+    loss = diffusion.make_loss(parts.net, *process, weighting, **extra)
     label = np.arange(number) % 3 if "num_classes" in options else None
     keys = jax.random.split(jax.random.key(0), number)
 
