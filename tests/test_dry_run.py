@@ -101,13 +101,15 @@ def test_libtpu_is_quiet_without_a_tpu(libtpu):
 
 @pytest.mark.parametrize("attached", [True, False])
 def test_nothing_is_told_to_a_tpu_that_is_there(monkeypatch, attached):
-    environ = {"TPU_WORKER_HOSTNAMES": "mine"}
-    monkeypatch.setattr(os, "environ", environ)
+    for name in environment.WITHOUT_TPU:
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "mine")
     monkeypatch.setattr(environment.util, "find_spec", lambda name: name)
     monkeypatch.setattr(environment, "tpu_is_attached", lambda: attached)
     environment._quiet_libtpu()
-    assert environ["TPU_WORKER_HOSTNAMES"] == "mine"
-    assert (len(environ) == 1) == attached
+    assert os.environ["TPU_WORKER_HOSTNAMES"] == "mine"
+    assert (environment.WITHOUT_TPU.keys() - os.environ.keys() == set()) != attached
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,10 @@ def test_other_kinds_of_runs(tmp_path, script, variant):
     make_run(tmp_path, **config)
     options = [f"--metrics={','.join(evaluations)}", "--ode-steps=4", "--steps=5", "--divergence=hutchinson"]
     code, _, err = script(f"--workdir={tmp_path}", "--num=8", *options)
-    assert (code, err) == (0, "")
+    # Of twelve times without a signal at the last, the ODE begins at the eleventh.
+    told = "warning: pure noise is taken for x_t at t = 11 of 12" if variant == "no signal" else ""
+    assert code == 0
+    assert err[: len(told) or None] == told
     report = json.loads((tmp_path / "evaluation.json").read_text())
     assert all(np.isfinite(values(report)))
     found = {name: metric["settings"]["network_evaluations"] for name, metric in report["metrics"].items()}

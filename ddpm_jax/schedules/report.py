@@ -36,12 +36,12 @@ def warn_of_signal(schedule):
         )
 
 
-def warn_of_start(schedule, t):
+def warn_of_start(schedule, t, remedy="take --spacing=trailing, which starts at T, or more steps"):
     """Warn when pure noise is taken for x_t at a time t below T at which an image still shows."""
     left = alphas_bar(schedule, t)
     if t < schedule.T and left > MOST:
         warnings.warn(
             f"pure noise is taken for x_t at t = {t:g} of {schedule.T:g}, which keeps {left:.1%} of the image's "
-            "variance; take --spacing=trailing, which starts at T, or more steps",
+            f"variance; {remedy}",
             stacklevel=3,
         )
