@@ -50,6 +50,7 @@ def test_published_networks_have_the_papers_size_and_options():
         assert config.diffusion == own.diffusion
 
 
+@pytest.mark.slow
 def test_an_imported_run_is_sampled_evaluated_and_trained_on(call, script, run, tmp_path):
     """Each by one command. The first step of the warm-up moves nothing: its checkpoint has the imported bits."""
     trained, _, params, images = run

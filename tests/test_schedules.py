@@ -306,7 +306,7 @@ def test_signal_left_at_T_is_warned_of(recwarn):
         report.warn_of_signal(schedules.from_betas(schedules.linear_betas(200, scale=False)))
 
 
-@pytest.mark.parametrize("n", [40, 334, 500, 501, 700])
+@pytest.mark.parametrize("n", [40, 501, *(pytest.param(n, marks=pytest.mark.slow) for n in (334, 500, 700))])
 def test_every_spacing_starts_where_pure_noise_belongs(linear, n):
     """The exact denoiser of data N(0.5, 0.5^2) ends at their mean, which a start from noise at a lower t pulls to 0.
 

@@ -185,6 +185,7 @@ def test_bfloat16_keeps_parameters_and_output_in_float32(tiny):
     assert 0 < np.abs(half - full).max() < 0.05 * np.abs(full).max()
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient(tiny):
     def gradient(net):
         return jax.jit(jax.grad(lambda params: jnp.sum(net(params, IMAGE, 7) ** 2)))(tiny[1])

@@ -43,9 +43,7 @@ def make_plan(parts, metrics, steps=0, spacing="trailing", ode_steps=100, decode
     if "nll" in metrics:
         warn_of_start(schedule, bound["times"][0])
     if "ode" in metrics:
-        warn_of_start(
-            schedule, ode["times"][0], "the bits/dim of the ODE are off by as much; a larger diffusion.T helps"
-        )
+        warn_of_start(schedule, ode["times"][0], "the larger diffusion.T, the less is left where the ODE can begin")
     return {"metrics": tuple(metrics), "bound": bound, "ode": ode}
 
 
