@@ -4,6 +4,7 @@ Needs the folder of the run and nothing else. Image i of a seed is the same pict
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -74,7 +75,7 @@ def main(argv=None):
 
     import numpy as np
 
-    from ddpm_jax import experiment, keys, parallel, program, shards, signals
+    from ddpm_jax import experiment, keys, parallel, program, shards
 
     workdir, step = experiment.find(args.workdir, args.step)
     out, indices = expand(args.out or workdir / "out"), np.arange(1 if args.reconstruct else args.num)
@@ -100,25 +101,35 @@ def main(argv=None):
         choose_edit(args, parts, root),
         **given,
     )
+    title = f"step {step:,} of {workdir}, {args.weights} weights, {args.sampler} with {steps} steps"
     about = what_it_is(args, len(indices), params, step, steps)
-    size = args.shards or max(1, shards.BYTES // math.prod(parts.shape))
+    draw_from = functools.partial(draw, params, len(indices), args.seed, labels, args.batch_size)
+    return draw_and_write(args, out, title, about, indices, labels, parts.shape, draw_from)
+
+
+def draw_and_write(args, out, title, about, indices, labels, shape, draw_from):
+    """Draw the images that `out` does not hold yet, and write all; the exit code.
+
+    about: that of what_it_is; draw_from(first) -> batches (b, frames, H, W, C) from image `first` on.
+    """
+    from ddpm_jax import parallel, shards, signals
+
+    size = args.shards or max(1, shards.BYTES // math.prod(shape))
     with errors.writing(f"--out={out}"):
         out.mkdir(parents=True, exist_ok=True)
         done, lines = shards.resume(out, *about.values(), size, args.overwrite)
-    log.note(
-        f"step {step:,} of {workdir}, {args.weights} weights, {args.sampler} with {steps} steps, {parallel.describe()}"
-    )
+    log.note(f"{title}, {parallel.describe()}")
     for line in [*lines, *([f"going on after {done:,} of {len(indices):,} images in {out}"] if done else [])]:
         log.note(line)
-    frames, clock = [], time.monotonic()
+    frames = []  # those of the first batch, for the GIF
 
-    def batches(first=done, count=0):
-        more = first < len(indices)
-        for batch in draw(params, len(indices), args.seed, labels, args.batch_size, first) if more else ():
-            if first == count == 0:
+    def batches():
+        clock, count = time.monotonic(), done
+        for batch in draw_from(done) if done < len(indices) else ():
+            if count == 0:
                 frames.append(batch[:64].swapaxes(0, 1))
             count += len(batch)
-            log.note(f"{first + count}/{len(indices)} images, {count / (time.monotonic() - clock):.1f} a second")
+            log.note(f"{count}/{len(indices)} images, {(count - done) / (time.monotonic() - clock):.1f} a second")
             yield batch[:, -1]
 
     def begin():
@@ -130,7 +141,7 @@ def main(argv=None):
         parallel.memory_for(f"try a --batch-size smaller than {args.batch_size}"),
         errors.writing(f"--out={out}"),
     ):
-        base, left, code = shards.write(out, batches(), parts.shape, done, size, labels, begin, asked)
+        base, left, code = shards.write(out, batches(), shape, done, size, labels, begin, asked)
     there = base + len(left)
     if there < len(indices):
         log.note(f"kept {there:,} of {len(indices):,} images in {out}; the same command goes on from there")
