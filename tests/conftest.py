@@ -8,6 +8,7 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -33,6 +34,9 @@ from ddpm_jax.interop import released, tensors
 ROOT = Path(__file__).parent.parent
 STARTUP = ROOT / "tests" / "startup"  # what its file does, it does here and in every Python that a test starts
 PYTHONPATH = os.environ["PYTHONPATH"] = f"{ROOT}:{STARTUP}"
+
+# A job in the background of a script is started with Ctrl-C ignored, and so would be what the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 runpy.run_path(str(STARTUP / "sitecustomize.py"))
 

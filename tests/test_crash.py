@@ -322,7 +322,7 @@ def test_all_that_a_state_can_hold_survives_a_stop(script, tmp_path):
     stored = sorted(path.name for path in (workdir / "averages").iterdir())
     assert stored == [f"step_{step:09}.npz" for step in (5, 7, 10, 15, 20)]
     options = [f"--workdir={workdir}", "--num=3", "--steps=4", "--overwrite"]
-    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
+    Image.fromarray(np.repeat([[0, 255]], [4, 4], 1).astype(np.uint8).repeat(8, 0)).save(tmp_path / "a.png")
     a = f"{tmp_path}/a.png"
     for extra in (
         ["--weights=0.08", "--guidance=2", "--interval=100,900", "--gif", "--preview", "--limit=dynamic"],
