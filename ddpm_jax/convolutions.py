@@ -24,7 +24,7 @@ def same(x, kernel, *_, **__):
 
 
 @contextlib.contextmanager
-def none_minimal():
+def direct_only():
     """Within it, networks are traced without minimal filtering, which XLA compiles the slower the larger the images."""
     global WIDE
     usual, WIDE = WIDE, math.inf

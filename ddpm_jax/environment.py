@@ -5,7 +5,7 @@ import os
 from importlib import metadata, util
 
 YNN_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
-WRONG_SUMS = ("0.10.2",)  # versions of jaxlib
+MISCOMPILED = ("0.10.2",)  # versions of jaxlib
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")  # of GPUs; they read XLA_FLAGS too
 
 # What libtpu looks for around it, at length, and prints that it did not find; and it lets in one process at a time.
@@ -19,7 +19,7 @@ WITHOUT_TPU = {
 
 def prepare():
     """Set what the software here needs; XLA reads its flags when JAX first makes an array."""
-    _leave_out_wrong_sums()
+    _disable_miscompiled_reductions()
     _quiet_libtpu()
 
 
@@ -28,12 +28,12 @@ def tpu_is_attached():
     return bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
 
 
-def _leave_out_wrong_sums():
+def _disable_miscompiled_reductions():
     """Keep jaxlib 0.10.2 from fusing sums on a CPU, some of which come out wrong there (jax-ml/jax issue 39103)."""
     flags = os.environ.get("XLA_FLAGS", "")
     accelerated = tpu_is_attached() or any(util.find_spec(name) for name in PLUGINS)
     on_cpu = os.environ.get("JAX_PLATFORMS") == "cpu" or not accelerated
-    if on_cpu and metadata.version("jaxlib") in WRONG_SUMS and YNN_FLAG not in flags:
+    if on_cpu and metadata.version("jaxlib") in MISCOMPILED and YNN_FLAG not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {YNN_FLAG}=-reduce".strip()
 
 

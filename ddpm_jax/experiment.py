@@ -25,7 +25,7 @@ from ddpm_jax import (
     unet,
 )
 from ddpm_jax.config import Config, from_json
-from ddpm_jax.data import Dataset, in_order
+from ddpm_jax.data import Dataset, reorder_classes
 from ddpm_jax.errors import CheckpointError, ConfigError
 from ddpm_jax.files import expand
 from ddpm_jax.log import note
@@ -186,14 +186,14 @@ def with_labels(dataset: Dataset, num_classes: int) -> Dataset:
     return dataset
 
 
-def as_trained(dataset: Dataset, source: str, data: str | None, classes: Sequence[str] | None) -> Dataset:
+def with_labels_of_run(dataset: Dataset, source: str, data: str | None, classes: Sequence[str] | None) -> Dataset:
     """The Dataset of a data.source with its labels counted as in a run with that fingerprint and those class names.
 
     A run from before the names were kept has those of a folder in byte order.
     """
     if classes is None and data and source.startswith("folder:"):
         classes = sorted(dataset.classes, key=os.fsencode)
-    found = in_order(dataset, classes or ())
+    found = reorder_classes(dataset, classes or ())
     if found.classes != dataset.classes:
         note(f"the run counts its labels otherwise: {', '.join(found.classes[:5])}{', ...' * (len(found.classes) > 5)}")
     return found

@@ -40,11 +40,11 @@ def _read(file):
         raise DataError(f"cannot read {file}: {first_line(error)}") from error
 
 
-def resume(folder: Path, settings: dict, made_with: dict, size: int, overwrite=False) -> tuple[int, list[str]]:
+def resume(folder: Path, settings: dict, environment: dict, size: int, overwrite=False) -> tuple[int, list[str]]:
     """(number of images that are there, lines on what has changed) for samples of these settings.
 
     Raises ConfigError when the folder has those of others, unless they may be overwritten: then they are deleted. So is
-    what follows a damaged shard. `made_with` may differ: the images then agree to rounding.
+    what follows a damaged shard. `environment` may differ: the images then agree to rounding.
     """
     file = folder / SETTINGS
     if not file.exists():
@@ -53,7 +53,7 @@ def resume(folder: Path, settings: dict, made_with: dict, size: int, overwrite=F
     try:
         there = json.loads(file.read_text())
         differ = trees.differences(there["settings"], settings, "{} is {!r} there, {!r} here")
-        changed = trees.differences(there["made_with"], made_with, "{} {} is now {}")
+        changed = trees.differences(there["environment"], environment, "{} {} is now {}")
     except (ValueError, KeyError, TypeError) as error:
         differ, changed = [f"{SETTINGS} is damaged: {first_line(error)}"], []
     if differ and not overwrite:

@@ -13,7 +13,7 @@ from PIL import Image
 from ddpm_jax import checkpoint, experiment, runs
 from ddpm_jax import config as configs
 from ddpm_jax.commands import evaluate
-from ddpm_jax.data import Dataset, fingerprint, in_order, load
+from ddpm_jax.data import Dataset, fingerprint, load, reorder_classes
 from ddpm_jax.data import __main__ as describe
 from ddpm_jax.data.intake import read, read_frames
 from ddpm_jax.errors import ConfigError, DataError
@@ -198,18 +198,21 @@ def test_fault_83_an_older_run_keeps_its_order(album):
     for i in range(12):
         painted(folder / str(i), a=i)
     new = load_album()
-    old = experiment.as_trained(new, f"folder:{folder}", "12x8x8x3-00000000", None)
+    old = experiment.with_labels_of_run(new, f"folder:{folder}", "12x8x8x3-00000000", None)
     assert old.classes[:4] == ("0", "1", "10", "11")
     assert [old.classes[label] for label in old.labels] == [new.classes[label] for label in new.labels]
     assert old.labels.tolist() == list(range(12))  # the files too are in byte order
-    assert experiment.as_trained(old, f"folder:{folder}", "other", new.classes).labels.tolist() == new.labels.tolist()
-    assert experiment.as_trained(new, "tfds:x", "other", None).classes == new.classes
+    assert (
+        experiment.with_labels_of_run(old, f"folder:{folder}", "other", new.classes).labels.tolist()
+        == new.labels.tolist()
+    )
+    assert experiment.with_labels_of_run(new, "tfds:x", "other", None).classes == new.classes
 
 
 def test_labels_in_another_order_name_the_same_classes():
     dataset = Dataset(np.zeros((4, 1, 1, 1), np.uint8), np.array([2, 0, 1, 2]), ("a", "b", "c"))
-    assert in_order(dataset, ["c", "a", "b"]).labels.tolist() == [0, 1, 2, 0]
-    assert in_order(dataset, ["c", "a"]) == dataset
+    assert reorder_classes(dataset, ["c", "a", "b"]).labels.tolist() == [0, 1, 2, 0]
+    assert reorder_classes(dataset, ["c", "a"]) == dataset
 
 
 def test_fault_83_a_label_by_its_name():

@@ -126,7 +126,7 @@ def test_large_images_have_no_minimal_filtering_in_a_dry_run_on_a_cpu(name, shap
     assert dry_run.compiles_slowly(parts) == slow
     params, x = experiment.params_shape(parts), jax.ShapeDtypeStruct(shape, jnp.float32)
     made = str(jax.make_jaxpr(lambda *args: parts.net(*args))(params, x, 1))
-    with convolutions.none_minimal():
+    with convolutions.direct_only():
         other = str(jax.make_jaxpr(lambda *args: parts.net(*args))(params, x, 1))
     assert (" same " in made) == (name != "digits")
     assert " same " not in other

@@ -44,7 +44,7 @@ def test_only_the_versions_that_need_it_are_changed(version, monkeypatch):
     monkeypatch.setattr(environment.metadata, "version", lambda name: version)
     monkeypatch.setattr(environment.util, "find_spec", lambda name: None)
     monkeypatch.setenv("XLA_FLAGS", "--xla_other=1")
-    environment._leave_out_wrong_sums()
+    environment._disable_miscompiled_reductions()
     added = f" {environment.YNN_FLAG}=-reduce" if version == "0.10.2" else ""
     assert os.environ["XLA_FLAGS"] == "--xla_other=1" + added
 
@@ -63,7 +63,7 @@ def test_flags_of_the_user_and_accelerators_are_left_alone(variables, plugin, ch
     for name in ("XLA_FLAGS", "JAX_PLATFORMS"):
         monkeypatch.setenv(name, variables.get(name, ""))
     before = os.environ["XLA_FLAGS"]
-    environment._leave_out_wrong_sums()
+    environment._disable_miscompiled_reductions()
     assert (os.environ["XLA_FLAGS"] != before) == changed
 
 

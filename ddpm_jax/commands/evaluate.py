@@ -114,7 +114,7 @@ def on_run(args, workdir, step):
     if args.data and args.reference and not of_run:
         raise errors.ConfigError(f"--reference={args.reference} takes the place of --data={args.data}; leave one out")
     if args.data:
-        config = dataclasses.replace(config, data=elsewhere(config.data, args.data))
+        config = dataclasses.replace(config, data=with_source(config.data, args.data))
     told = {"num": args.num, "split": args.split or config.data.split, "seed": args.seed, "weights": args.weights}
     told |= {"checkpoint_step": step}
     plan, rows, judge = None, None, None
@@ -161,7 +161,7 @@ def on_samples(args):
     return what, lambda say: judge(images, told, say), told | {"num": len(images)}
 
 
-def elsewhere(config, source):
+def with_source(config, source):
     """The config.Data with another source, and without how the old one is read where the new one is of another kind."""
     from ddpm_jax.config import Data
 
@@ -189,7 +189,7 @@ def load(args, config, shape, parts=None):
     if parts is None:
         return dataset
     dataset = experiment.with_labels(dataset, parts.config.model.num_classes)
-    dataset = experiment.as_trained(dataset, config.source, parts.data, parts.classes)
+    dataset = experiment.with_labels_of_run(dataset, config.source, parts.data, parts.classes)
     found = data.fingerprint(dataset)
     if parts.data not in (None, found) and not (args.split or args.other_data):
         raise errors.ConfigError(
@@ -225,7 +225,7 @@ def make_judge(args, config, num, shape, parts=None):
     if args.inception and args.features != "inception":
         raise errors.ConfigError(f"--inception goes with --features=inception, not {args.features}")
     if args.reference:
-        config = elsewhere(config, args.reference)
+        config = with_source(config, args.reference)
         config = dataclasses.replace(config, image_size=tuple(shape[:2]), channels=shape[2])
     images = load(args, config, tuple(shape), None if args.reference else parts).images
     if args.reference_num > len(images):

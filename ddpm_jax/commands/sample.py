@@ -102,7 +102,7 @@ def main(argv=None):
         **given,
     )
     title = f"step {step:,} of {workdir}, {args.weights} weights, {args.sampler} with {steps} steps"
-    about = what_it_is(args, len(indices), params, step, steps)
+    about = provenance(args, len(indices), params, step, steps)
     draw_from = functools.partial(draw, params, len(indices), args.seed, labels, args.batch_size)
     return draw_and_write(args, out, title, about, indices, labels, parts.shape, draw_from)
 
@@ -110,7 +110,7 @@ def main(argv=None):
 def draw_and_write(args, out, title, about, indices, labels, shape, draw_from):
     """Draw the images that `out` does not hold yet, and write all; the exit code.
 
-    about: that of what_it_is; draw_from(first) -> batches (b, frames, H, W, C) from image `first` on.
+    about: that of provenance; draw_from(first) -> batches (b, frames, H, W, C) from image `first` on.
     """
     from ddpm_jax import parallel, shards, signals
 
@@ -169,8 +169,8 @@ def files(args, indices):
     return [samples, "grid.png", *pictures, *(["denoising.gif"] if args.gif else [])]
 
 
-def what_it_is(args, num, params, step, steps):
-    """{"settings": all that the images depend on, "made_with": what changes them by rounding at most}."""
+def provenance(args, num, params, step, steps):
+    """{"settings": all that the images depend on, "environment": what changes them by rounding at most}."""
     from ddpm_jax import checkpoint, parallel, trees
 
     settings = vars(args) | {"num": num, "step": step, "steps": steps}
@@ -178,11 +178,11 @@ def what_it_is(args, num, params, step, steps):
     for name in ("inpaint", "mask", "reconstruct", "interpolate"):
         paths = [settings[name]] if isinstance(settings[name], str) else settings[name]
         settings[name] = [f"{zlib.crc32(expand(path).read_bytes()):08x}" for path in paths if path]
-    made_with = checkpoint.versions() | {"devices": parallel.describe()}
-    made_with |= {name: settings[name] for name in ("batch_size", "gif", "preview")}
+    environment = checkpoint.versions() | {"devices": parallel.describe()}
+    environment |= {name: settings[name] for name in ("batch_size", "gif", "preview")}
     for name in (*PLACES, "batch_size", "gif", "preview"):
         del settings[name]
-    return json.loads(json.dumps({"settings": settings, "made_with": made_with}))
+    return json.loads(json.dumps({"settings": settings, "environment": environment}))
 
 
 def finish(args, out, indices, labels, chunks):
@@ -244,20 +244,24 @@ def choose_edit(args, parts, root):
         level = args.level or parts.schedule.T / 2
         if not 0 < level <= parts.schedule.T:
             raise errors.ConfigError(f"--level={level:g} must be above 0 and at most {parts.schedule.T}")
-        pictures = [read(path, *look) for path in args.interpolate]
+        pictures = [read(path, *look)[0] for path in args.interpolate]
         return editing.interpolate(parts.schedule, level, keys.named(root, "pair"), *pictures, args.num)
     if args.inpaint:
-        known, mask = read(args.inpaint, *look), read_mask(args.mask, args.inpaint, *look)
+        known, size = read(args.inpaint, *look)
+        mask = read_mask(args.mask, args.inpaint, size, parts.shape)
         return editing.inpaint(parts.schedule, known, mask, args.jump, args.repeats)
     if args.reconstruct:
         if args.sampler != "ddim" or args.eta:
             raise errors.ConfigError("--reconstruct follows the deterministic way: say --sampler=ddim, and no --eta")
-        return editing.reconstruct(parts.schedule, read(args.reconstruct, *look))
+        return editing.reconstruct(parts.schedule, read(args.reconstruct, *look)[0])
     return None
 
 
 def read(path, shape, value_range=()):
-    """A picture file in the shape of the model's images, in [-1, 1]; value_range: that of the run's data."""
+    """(a picture file in the shape of the model's images, in [-1, 1]; its own height and width).
+
+    value_range: that of the run's data.
+    """
     from ddpm_jax import data, images
 
     try:
@@ -268,11 +272,11 @@ def read(path, shape, value_range=()):
     scale = min(height / shape[0], width / shape[1])
     if (height, width) != (round(scale * shape[0]), round(scale * shape[1])):
         log.note(f"of {path}, {width}x{height}, the central {scale * shape[1]:.0f}x{scale * shape[0]:.0f} are taken")
-    return picture
+    return picture, (height, width)
 
 
-def read_mask(path, known, shape, value_range=()):
-    """The mask of the picture `known` in the model's shape, true where that is kept: where it is more than half black.
+def read_mask(path, known, size, shape):
+    """The mask of the picture `known` of that size in the model's shape, true where it is kept: more than half black.
 
     Raises ConfigError for one of other proportions than the picture, of which another part would be cut; for one that
     keeps all or nothing; and for transparent parts, which could mean either.
@@ -280,11 +284,8 @@ def read_mask(path, known, shape, value_range=()):
     import numpy as np
     from PIL import Image
 
-    from ddpm_jax import data
-
-    levels = (read(path, shape) + 1) / 2
-    height, width = data.read(expand(known), (), shape[-1], value_range).shape[:2]
-    down, across = data.read(expand(path), (), shape[-1]).shape[:2]
+    mask, (down, across) = read(path, shape)
+    levels, (height, width) = (mask + 1) / 2, size
     if abs(height * across - width * down) > max(height, width, down, across):  # by more than rounding
         raise errors.ConfigError(
             f"--inpaint={known} is {width}x{height}, --mask={path} {across}x{down}: other parts of them would be cut "

@@ -131,7 +131,7 @@ def prepare(args, workdir, say):
     dataset = experiment.with_labels(dataset, config.model.num_classes)
     if dataset.classes and checkpoint.steps(workdir / "checkpoints"):
         meta = checkpoint.load(workdir / "checkpoints", [])[0]
-        dataset = experiment.as_trained(dataset, config.data.source, meta["data"], meta.get("classes"))
+        dataset = experiment.with_labels_of_run(dataset, config.data.source, meta["data"], meta.get("classes"))
     data.batch(dataset, 0, 0, config.train.batch_size)  # refuses too few images
     if config.train.evaluate_every:
         from ddpm_jax.features import enl0

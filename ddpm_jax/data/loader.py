@@ -33,7 +33,7 @@ def fingerprint(dataset: Dataset) -> str:
     return f"{'x'.join(map(str, images.shape))}-{crc:08x}"
 
 
-def in_order(dataset: Dataset, classes: Sequence[str]) -> Dataset:
+def reorder_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
     """The Dataset with its labels counted in the order of `classes`; as it is where its classes have other names."""
     if not classes or sorted(classes) != sorted(dataset.classes) or dataset.labels is None:
         return dataset

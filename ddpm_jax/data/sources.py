@@ -10,7 +10,7 @@ import numpy as np
 from ddpm_jax import shards
 from ddpm_jax.config import Data
 from ddpm_jax.data.intake import SUFFIXES, find, fit_array, is_picture, read_frames
-from ddpm_jax.data.loader import Dataset, in_order
+from ddpm_jax.data.loader import Dataset, reorder_classes
 from ddpm_jax.data.maps import decode, digest
 from ddpm_jax.data.records import from_digits, from_tfds
 from ddpm_jax.errors import DataError, first_line
@@ -146,7 +146,7 @@ def from_folder(
         cache_dir,
         range,
     )
-    return in_order(dataset._replace(classes=tuple(classes)), in_turn)
+    return reorder_classes(dataset._replace(classes=tuple(classes)), in_turn)
 
 
 def _part(folder, names, split):

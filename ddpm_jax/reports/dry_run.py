@@ -37,7 +37,7 @@ def dry_run(config, say):
     if compiles_slowly(parts):
         say("XLA would compile this network's minimal filtering for a CPU for more than a quarter of an hour;")
         say("compiled here are direct convolutions in its place, and the memory told is theirs")
-        with convolutions.none_minimal():
+        with convolutions.direct_only():
             _compile(parallel.pmap_step(train_step), jax.eval_shape(init_state), batch, root, say)
         say("dry run done without a step, nothing written")
         return

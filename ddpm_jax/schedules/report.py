@@ -3,7 +3,7 @@
 import math
 import warnings
 
-MOST = 1e-3  # of an image's variance that may be left where pure noise stands for it
+MOST_SIGNAL = 1e-3  # of an image's variance that may be left where pure noise stands for it
 
 
 def alphas_bar(schedule, t):
@@ -28,7 +28,7 @@ def report(schedule):
 def warn_of_signal(schedule):
     """Warn when x_T keeps a part of the image that sampling, which starts from pure noise, cannot know of."""
     left = alphas_bar(schedule, schedule.T)
-    if left > MOST:
+    if left > MOST_SIGNAL:
         warnings.warn(
             f"x_T keeps {left:.1%} of the image's variance, but sampling starts from pure noise; take a larger "
             "diffusion.T, diffusion.schedule=cosine or diffusion.zero_terminal_snr",
@@ -39,7 +39,7 @@ def warn_of_signal(schedule):
 def warn_of_start(schedule, t, remedy="take --spacing=trailing, which starts at T, or more steps"):
     """Warn when pure noise is taken for x_t at a time t below T at which an image still shows."""
     left = alphas_bar(schedule, t)
-    if t < schedule.T and left > MOST:
+    if t < schedule.T and left > MOST_SIGNAL:
         warnings.warn(
             f"pure noise is taken for x_t at t = {t:g} of {schedule.T:g}, which keeps {left:.1%} of the image's "
             f"variance; {remedy}",
