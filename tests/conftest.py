@@ -40,6 +40,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 runpy.run_path(str(STARTUP / "sitecustomize.py"))
 
+COLLECTED: set[str] = set()  # the names of all tests that were found, also of those that will not be run
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    COLLECTED.update(item.nodeid for item in items)
+
+
 TINY = {
     "channels": 8,
     "multipliers": (1, 2),

@@ -87,12 +87,16 @@ ONE_LEVEL = {"multipliers": (1,), "attention_resolutions": (8,)}
 
 
 @pytest.mark.parametrize(
-    "levels", [pytest.param(ONE_LEVEL, id="one"), pytest.param({}, marks=pytest.mark.slow, id="two")]
+    ("levels", "names"),
+    [
+        pytest.param(ONE_LEVEL, EVERYTHING | {"self_conditioning": False}, id="one"),
+        pytest.param({}, EVERYTHING, marks=pytest.mark.slow, id="two"),
+    ],
 )
-def test_one_step_reaches_every_parameter(levels):
+def test_one_step_reaches_every_parameter(levels, names):
     """The labels', the variance's and those behind zeros too, after three steps; and the average's."""
     train, model = {"batch_size": 8, "averages": (0.1,), "warmup_steps": 0}, {"num_classes": 3} | levels
-    parts = made(train, model, **EVERYTHING)
+    parts = made(train, model, **names)
     init_state, step = experiment.make_training(parts)
     state = init_state()
     images = np.random.default_rng(0).integers(0, 256, (8, *SHAPE), np.uint8)
@@ -106,6 +110,7 @@ def test_one_step_reaches_every_parameter(levels):
         assert all(jax.tree.leaves(moved)), moved
 
 
+@pytest.mark.slow
 def test_a_picture_of_a_continuous_schedule():
     """An untrained network answers 0: with v, x_0_hat = alpha_t x_t, and the preview ends with the picture."""
     parts = made(schedule="vp", parameterization="v")

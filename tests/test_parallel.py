@@ -47,7 +47,9 @@ def test_fault_62_sgd_gradient_and_all_replicas_are_the_same_on_1_2_and_8_device
             np.testing.assert_allclose(a, b, atol=1e-6 * max(1, scale))
 
 
-@pytest.mark.parametrize("name", training.TIME_SAMPLINGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "loss_aware")) for name in training.TIME_SAMPLINGS]
+)
 def test_times_are_the_same_on_1_2_and_8_devices(name):
     """The gradient of w u is u, so that one step of SGD tells the mean of all u."""
 
@@ -93,6 +95,7 @@ def test_several_steps_in_a_call_are_the_steps_one_by_one(monkeypatch, backend):
     assert float(found.ema_params["w"]) == pytest.approx(float(state.ema_params["w"]), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_one_exchange_a_step_of_the_gradient_and_the_metrics(one_level):
     """In the compiled program for 8 devices: a single all-reduce, of no more than the parameters and a few numbers."""
     optimizer = training.make_optimizer(1e-3, 1.0)
@@ -146,6 +149,7 @@ def test_fault_63_the_step_compiles_once_and_uses_up_its_state(one_level, compil
         assert (count(), int(state.step)) == (0, 6)
 
 
+@pytest.mark.slow
 def test_fault_64_training_out_of_memory(script, tmp_path):
     """Batches whose activations take terabytes: one line that says what takes less, and nothing is written."""
     options = ["--config.data.image_size=64", "--config.data.channels=1", "--config.model.channels=32"]
