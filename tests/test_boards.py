@@ -153,6 +153,7 @@ def __getattr__(name):
 """
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_them(trained, script, tmp_path):
     """Its end is that of a run without boards and without a trace, to the bit; there is one line of warning."""
     for name, fails in (("tensorboardX", ""), ("wandb", "log")):

@@ -136,7 +136,7 @@ checkpoint.delete = half
     ("number", "code"),
     [
         pytest.param(signal.SIGTERM, 75, id="fault_04 SIGTERM"),
-        pytest.param(signal.SIGINT, 130, id="fault_07 Ctrl-C"),
+        pytest.param(signal.SIGINT, 130, id="fault_07 Ctrl-C", marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_saves_and_leaves(start, tmp_path, number, code):

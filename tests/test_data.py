@@ -239,6 +239,7 @@ assert "tensorflow" not in sys.modules
     np.testing.assert_array_equal(found["labels"], digits.labels)
 
 
+@pytest.mark.slow
 def test_several_processes_prepare_the_digits_once(tmp_path):
     """Each has them, and one of them says that it has made them."""
     options = {"data_dir": str(tmp_path / "tfds"), "cache_dir": str(tmp_path / "cache")}

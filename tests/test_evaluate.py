@@ -73,6 +73,7 @@ def test_parts_and_curves_belong_together(whole):
     assert 0 < min(curve["rmse"]) < max(curve["rmse"]) < 255
 
 
+@pytest.mark.slow
 def test_values_are_means_over_the_images(run, whole):
     """Image by image, with keys.root(seed, "evaluate") folded with its index; only the bound has the clip."""
     _, parts, params, images = run
@@ -101,6 +102,7 @@ def values(report):
     return [metric["value"] for metric in report["metrics"].values()]
 
 
+@pytest.mark.slow
 def test_batch_and_devices_change_nothing(run, whole, script):
     """Eight devices instead of one, in batches of 8 images instead of all 11; another seed is another result."""
     options = [
@@ -129,7 +131,9 @@ VARIANTS = {  # the config, the metrics asked for, the evaluations of the networ
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=[pytest.mark.slow] * (name != "learned")) for name in VARIANTS]
+)
 def test_other_kinds_of_runs(tmp_path, script, variant):
     config, evaluations = VARIANTS[variant]
     make_run(tmp_path, **config)

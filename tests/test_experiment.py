@@ -83,20 +83,11 @@ EVERYTHING = {
 }
 
 
-ONE_LEVEL = {"multipliers": (1,), "attention_resolutions": (8,)}
-
-
-@pytest.mark.parametrize(
-    ("levels", "names"),
-    [
-        pytest.param(ONE_LEVEL, EVERYTHING | {"self_conditioning": False}, id="one"),
-        pytest.param({}, EVERYTHING, marks=pytest.mark.slow, id="two"),
-    ],
-)
-def test_one_step_reaches_every_parameter(levels, names):
+@pytest.mark.slow
+def test_one_step_reaches_every_parameter():
     """The labels', the variance's and those behind zeros too, after three steps; and the average's."""
-    train, model = {"batch_size": 8, "averages": (0.1,), "warmup_steps": 0}, {"num_classes": 3} | levels
-    parts = made(train, model, **names)
+    train = {"batch_size": 8, "averages": (0.1,), "warmup_steps": 0}
+    parts = made(train, {"num_classes": 3}, **EVERYTHING)
     init_state, step = experiment.make_training(parts)
     state = init_state()
     images = np.random.default_rng(0).integers(0, 256, (8, *SHAPE), np.uint8)

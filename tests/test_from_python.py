@@ -8,6 +8,7 @@ import sys
 
 import jax
 import numpy as np
+import pytest
 from conftest import ROOT, SMALL
 from PIL import Image
 
@@ -18,6 +19,7 @@ from ddpm_jax.commands import sample, train
 KEEP = "\nimport pickle, jax; pickle.dump((jax.device_get(state.ema_params), samples), open('made', 'wb'))\n"
 
 
+@pytest.mark.slow
 def test_the_lines_of_the_readme_are_train_and_sample(trained, script, environment, tmp_path):
     """With the options of a run of train.py: its averaged parameters and the images of sample.py, to the bit."""
     lines = re.search(r"## From Python\n+```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
@@ -48,6 +50,7 @@ def test_a_restored_run_brings_no_warnings_of_orbax(run, caplog):
     assert not caplog.records
 
 
+@pytest.mark.slow
 def test_draw_is_sample(run, call, tmp_path):
     """With other options than its own, and labels in turn; the run was made by hand, for tiny images."""
     parts, params, _ = experiment.restore(run[0], "ema")

@@ -74,6 +74,7 @@ def test_a_run_with_labels(script, tmp_path):
         assert np.load(tmp_path / "run" / "out" / "samples.npz")["labels"].tolist() == wanted
 
 
+@pytest.mark.slow
 def test_dry_run_writes_nothing(script, tmp_path):
     options = [*SMALL, "--dry-run", f"--workdir={tmp_path}/run", "--config.data.image_size=8"]
     done = script("train.py", *options, JAX_DISABLE_MOST_OPTIMIZATIONS="1")

@@ -151,6 +151,7 @@ def test_image_i_is_the_same_in_any_batch(tiny, generate):
         assert np.abs(found.astype(int) - wanted[:num]).max() <= 1
 
 
+@pytest.mark.slow
 def test_ten_calls_compile_once(tiny, generate, compilations):
     pictures(generate, tiny[1], 16, 16)
     with compilations() as count:

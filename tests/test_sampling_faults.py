@@ -238,6 +238,7 @@ def test_fault_75_no_run(two, tmp_path, place):
         experiment.find(place)
 
 
+@pytest.mark.slow
 def test_fault_75_a_step_is_sampled_and_evaluated(two, call, tmp_path):
     """As if it were the only one of the run, whether its folder or --step names it."""
     shutil.copytree(two, tmp_path / "one", ignore=shutil.ignore_patterns("5"))

@@ -112,11 +112,10 @@ def test_average_follows_the_parameters():
     """Parameters that jump to 1 at the first step and stay: what is missing from 1 in the average is that share."""
     optimizer = optax.stateless(lambda updates, params: {"w": 1.0 - params["w"]})
     step = training.make_train_step(pull, optimizer, 0.9)
-    state = one_parameter(optimizer)
+    mapped = jax.jit(jax.vmap(step, (None, 0, None), axis_name="batch", out_axes=None))
+    state, batch = one_parameter(optimizer), jax.tree.map(lambda x: x[None], batch_of(2))
     for n in range(1, 30):
-        state, _ = jax.vmap(step, (None, 0, None), axis_name="batch", out_axes=None)(
-            state, jax.tree.map(lambda x: x[None], batch_of(2)), ROOT
-        )
+        state, _ = mapped(state, batch, ROOT)
         assert 1 - state.ema_params["w"] == pytest.approx(training.ema_init_share(0.9, n), abs=1e-6)
 
 
