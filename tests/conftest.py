@@ -35,8 +35,10 @@ ROOT = Path(__file__).parent.parent
 STARTUP = ROOT / "tests" / "startup"  # what its file does, it does here and in every Python that a test starts
 PYTHONPATH = os.environ["PYTHONPATH"] = f"{ROOT}:{STARTUP}"
 
-# A job in the background of a script is started with Ctrl-C ignored, and so would be what the tests start.
+# A job in the background of a script is started with Ctrl-C ignored, one of nohup with SIGHUP, and so would be what the
+# tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 runpy.run_path(str(STARTUP / "sitecustomize.py"))
 
