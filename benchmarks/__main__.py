@@ -44,7 +44,8 @@ def main(argv=None):
 
     import jax
 
-    from ddpm_jax import checkpoint, data, experiment, log, parallel
+    from ddpm_jax import data, experiment, parallel
+    from ddpm_jax.run import checkpoint, log
 
     jax.config.update("jax_enable_compilation_cache", False)
     accumulate = config.train.accumulate
@@ -78,7 +79,7 @@ def check(args):
 
 def line(name, value, aim=""):
     """Print one line of the table."""
-    from ddpm_jax import log
+    from ddpm_jax.run import log
 
     log.note(f"{name:<44}{value:<36}{aim}".rstrip())
 
@@ -156,9 +157,8 @@ def run_loop(parts, dataset, bare):
     log tells, and the seconds of the whole stretch. The log counts neither its own writing nor the checkpoints, the
     clock counts both. What comes before the first line of the log is left out.
     """
-    from ddpm_jax import log
-    from ddpm_jax.commands import train
-    from ddpm_jax.reports import progress
+    from ddpm_jax.commands import progress, train
+    from ddpm_jax.run import log
 
     bares, rows, clocked, begun = [], [], [], 0.0
     open_log = log.open_log

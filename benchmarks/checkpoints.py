@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ddpm_jax import config as configs
-from ddpm_jax import errors, log, options
+from ddpm_jax import errors, options
+from ddpm_jax.run import log
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,8 @@ def main(argv=None):
     import jax
     import numpy as np
 
-    from ddpm_jax import checkpoint, experiment, parallel, trees
+    from ddpm_jax import experiment, parallel
+    from ddpm_jax.run import checkpoint, trees
 
     parallel.start(args.config.train.batch_size, 1, args.platform, "off", args.cpu_devices)
     parts = experiment.make(args.config, args.shape)

@@ -33,8 +33,9 @@ def main(argv=None):
 
     import jax
 
-    from ddpm_jax import data, log, parallel, program
-    from ddpm_jax.reports.dry_run import made_up
+    from ddpm_jax import data, parallel, program
+    from ddpm_jax.commands.dry_run import made_up
+    from ddpm_jax.run import log
 
     train = args.config.train
     parallel.start(train.batch_size, 1, "auto", "off", args.cpu_devices)

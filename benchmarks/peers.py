@@ -45,8 +45,9 @@ def main(argv=None):
     except ImportError as error:
         raise errors.ConfigError(f"{error.name} is missing: pip install -e '.[peers]'") from error
 
-    from ddpm_jax import checkpoint, experiment, log, parallel
-    from ddpm_jax.reports.dry_run import made_up
+    from ddpm_jax import experiment, parallel
+    from ddpm_jax.commands.dry_run import made_up
+    from ddpm_jax.run import checkpoint, log
 
     train = args.config.train
     parallel.start(train.batch_size, 1, "cpu", "off", args.cpu_devices)

@@ -20,8 +20,10 @@ import time
 
 import numpy as np
 
-from ddpm_jax import errors, evaluation, log, options
-from ddpm_jax.files import expand, write_atomic
+from ddpm_jax import errors, options
+from ddpm_jax.evaluation import metrics
+from ddpm_jax.run import log
+from ddpm_jax.run.files import expand, write_atomic
 
 SAMPLERS = [("ddpm", {"variance": "fixedsmall"}), ("ddpm", {"variance": "fixedlarge"})]
 SAMPLERS += [(name, {}) for name in ("ddim", "dpmpp_2m", "dpmpp_3m", "heun", "edm")]
@@ -57,7 +59,8 @@ def main(argv=None):
 
 def measure(args, say):
     """The table, of which each line is also said at once."""
-    from ddpm_jax import checkpoint, data, experiment, keys, parallel
+    from ddpm_jax import data, experiment, keys, parallel
+    from ddpm_jax.run import checkpoint
 
     parallel.start(args.batch_size, platform=args.platform, distributed="off")
     workdir, lines = expand(args.workdir), []
@@ -166,7 +169,7 @@ def points(images):
 
 def spread(x, y, size):
     """The mean KID of disjoint parts of x, each of about `size`, to all of y, and its standard error."""
-    value, error, _ = evaluation.kid_in_parts(x, y, size)
+    value, error, _ = metrics.kid_in_parts(x, y, size)
     return f"{1000 * value:.1f} ± {1000 * error:.1f}"
 
 

@@ -32,7 +32,8 @@ def main(argv=None):
 
     import jax
 
-    from ddpm_jax import log, parallel
+    from ddpm_jax import parallel
+    from ddpm_jax.run import log
 
     parallel.start(args.share, 1, "auto", "off", args.cpu_devices)
     cores = len(os.sched_getaffinity(0)) if jax.default_backend() == "cpu" else jax.device_count()
@@ -53,7 +54,7 @@ def prepare(args, devices):
     import jax
 
     from ddpm_jax import experiment, keys, parallel
-    from ddpm_jax.reports.dry_run import collectives, made_up
+    from ddpm_jax.commands.dry_run import collectives, made_up
 
     parts, batch = made_up(options.replace(args.config, {"train.batch_size": args.share * len(devices)}))
     batch = jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), batch)

@@ -39,7 +39,8 @@ def main(argv=None):
 
     import jax
 
-    from ddpm_jax import log, parallel
+    from ddpm_jax import parallel
+    from ddpm_jax.run import log
 
     jax.config.update("jax_enable_compilation_cache", False)
     batch_size = args.config.train.batch_size
@@ -62,7 +63,7 @@ def prepare(config):
     import numpy as np
 
     from ddpm_jax import experiment, keys, parallel, training
-    from ddpm_jax.reports.dry_run import made_up
+    from ddpm_jax.commands.dry_run import made_up
 
     parts, batch = made_up(config)
     number = config.train.steps_per_call

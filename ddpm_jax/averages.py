@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import trees
 from ddpm_jax.errors import CheckpointError, ConfigError
-from ddpm_jax.files import write_atomic
+from ddpm_jax.run import trees
+from ddpm_jax.run.files import write_atomic
 
 LONGEST = 12**-0.5  # sigma_rel of gamma = 0, the plain mean of all steps
 

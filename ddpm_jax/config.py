@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_jax.errors import ConfigError
-from ddpm_jax.files import CACHE, expand
 from ddpm_jax.options import (
     Section,
     above,
@@ -26,6 +25,7 @@ from ddpm_jax.options import (
     option,
     replace,
 )
+from ddpm_jax.run.files import CACHE, expand
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,25 +11,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ddpm_jax import (
-    averages,
-    checkpoint,
-    conditioning,
-    diffusion,
-    editing,
-    keys,
-    likelihood,
-    samplers,
-    schedules,
-    training,
-    unet,
-)
+from ddpm_jax import averages, conditioning, diffusion, editing, keys, likelihood, samplers, schedules, training
 from ddpm_jax.config import Config, from_json
 from ddpm_jax.data import Dataset, reorder_classes
 from ddpm_jax.errors import CheckpointError, ConfigError
-from ddpm_jax.files import expand
-from ddpm_jax.log import note
+from ddpm_jax.networks import unet
 from ddpm_jax.options import replace
+from ddpm_jax.run import checkpoint
+from ddpm_jax.run.files import expand
+from ddpm_jax.run.log import note
 from ddpm_jax.schedules.report import warn_of_signal
 
 

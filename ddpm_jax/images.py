@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from ddpm_jax.files import write_atomic
+from ddpm_jax.run.files import write_atomic
 
 
 def to_unit(image) -> jax.Array:

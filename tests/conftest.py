@@ -25,11 +25,13 @@ import pytest
 from PIL import Image
 from published import RELEASED
 
-from ddpm_jax import checkpoint, errors, experiment, schedules, trees, unet
+from ddpm_jax import errors, experiment, schedules
 from ddpm_jax.config import Config, Data, Diffusion, Model
 from ddpm_jax.data import load
 from ddpm_jax.interop import __main__ as interop
 from ddpm_jax.interop import released, tensors
+from ddpm_jax.networks import unet
+from ddpm_jax.run import checkpoint, trees
 
 ROOT = Path(__file__).parent.parent
 STARTUP = ROOT / "tests" / "startup"  # what its file does, it does here and in every Python that a test starts
@@ -162,7 +164,7 @@ def fingerprint(workdir):
     return sha.hexdigest()
 
 
-def metrics(workdir):
+def logged_metrics(workdir):
     """The rows of metrics.jsonl without what the clock gave."""
     clock = ("images_per_second", "seconds_per_step", "input_wait")
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -206,7 +208,7 @@ def mount(tmp_path):
 def assert_same_end(workdir, other):
     """The same bits in the state, and each step's metrics once."""
     assert fingerprint(workdir) == fingerprint(other)
-    assert metrics(workdir) == metrics(other)
+    assert logged_metrics(workdir) == logged_metrics(other)
 
 
 def assert_one_line(done):

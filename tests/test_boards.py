@@ -9,9 +9,9 @@ import warnings
 
 import numpy as np
 import pytest
-from conftest import PYTHONPATH, SMALL, fingerprint, metrics
+from conftest import PYTHONPATH, SMALL, fingerprint, logged_metrics
 
-from ddpm_jax import boards, log
+from ddpm_jax.run import boards, log
 
 ROWS = [{"step": step, "loss": 1 / step, "skipped": 0, "kid": None, "seconds_per_step": None} for step in (10, 20)]
 GRID = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
@@ -166,7 +166,7 @@ def test_a_run_goes_on_without_them(trained, script, tmp_path):
     assert f"the trace of --profile=20:22 is in {tmp_path / 'run' / 'profile'}" in done.stdout
     assert len(list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))) == 1
     assert fingerprint(tmp_path / "run") == fingerprint(trained)
-    assert metrics(tmp_path / "run") == metrics(trained)
+    assert logged_metrics(tmp_path / "run") == logged_metrics(trained)
     calls = {name: (tmp_path / f"{name}.py.calls").read_text().splitlines() for name in ("tensorboardX", "wandb")}
     assert sum(line.startswith("add_scalar ('loss', ") for line in calls["tensorboardX"]) == 9
     assert sum(line.startswith("add_image ('samples', ") for line in calls["tensorboardX"]) == 1

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import __version__, checkpoint, parallel, training, trees
+from ddpm_jax import __version__, parallel, training
 from ddpm_jax.errors import CheckpointError, ConfigError, Diverged
+from ddpm_jax.run import checkpoint, trees
 
 
 def state_at(step):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import signal
 
-from ddpm_jax import convolutions
+from ddpm_jax.networks import convolutions
 
 WIDE = convolutions.WIDE
 

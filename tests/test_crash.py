@@ -10,10 +10,10 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import SMALL, assert_one_line, assert_same_end, fingerprint, metrics
+from conftest import SMALL, assert_one_line, assert_same_end, fingerprint, logged_metrics
 from PIL import Image
 
-from ddpm_jax import checkpoint
+from ddpm_jax.run import checkpoint
 
 
 def wait_for(process, *starts):
@@ -110,7 +110,7 @@ def test_fault_02_killed_between_data_and_marker(trained, start, tmp_path):
 def test_fault_03_killed_while_an_old_step_is_deleted(trained, start, tmp_path):
     """The half that is left is no step, and is gone after the next start."""
     patch = """
-from ddpm_jax import checkpoint
+from ddpm_jax.run import checkpoint
 def half(paths):
     for path in paths:
         if path.name.isdigit():
@@ -257,14 +257,14 @@ def test_fault_13_other_devices_agree_to_rounding_and_say_so(script, tmp_path):
     for steps, name in ((20, "begun"), (34, "unbroken")):
         done = script(*command, f"--config.train.steps={steps}", f"--workdir={tmp_path}/{name}", "--cpu-devices=8")
         assert done.returncode == 0, done.stderr
-    wanted = {row["step"]: row["loss"] for row in metrics(tmp_path / "unbroken")}
+    wanted = {row["step"]: row["loss"] for row in logged_metrics(tmp_path / "unbroken")}
     for devices in (1, 2):
         workdir = shutil.copytree(tmp_path / "begun", tmp_path / f"{devices}")
         more = script(*command, "--config.train.steps=34", f"--workdir={workdir}", f"--cpu-devices={devices}")
         assert more.returncode == 0, more.stderr
         told = f"only to rounding: devices 8 x cpu (cpu) is now {devices} x cpu (cpu)"
         assert f"not bit-exact from here on, {told}" in more.stdout
-        found = {row["step"]: row["loss"] for row in metrics(workdir)}
+        found = {row["step"]: row["loss"] for row in logged_metrics(workdir)}
         for step in (28, 34):
             assert found[step] == pytest.approx(wanted[step], abs=1e-5)
 

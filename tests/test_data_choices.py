@@ -10,13 +10,15 @@ import pytest
 from conftest import levels, make_run, paint, small_experiment
 from PIL import Image
 
-from ddpm_jax import checkpoint, experiment, runs
 from ddpm_jax import config as configs
+from ddpm_jax import experiment
 from ddpm_jax.commands import evaluate
 from ddpm_jax.data import Dataset, fingerprint, load, reorder_classes
 from ddpm_jax.data import __main__ as describe
 from ddpm_jax.data.intake import read, read_frames
 from ddpm_jax.errors import ConfigError, DataError
+from ddpm_jax.run import checkpoint
+from ddpm_jax.run import folder as run_folder
 
 
 def painted(folder, **pictures):
@@ -247,7 +249,7 @@ def moved(tmp_path):
         state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), template)
         checkpoint.save(manager, state._replace(step=np.int32(5)), **entries)
         checkpoint.finish(manager)
-    runs.record(tmp_path, parts.config)
+    run_folder.record(tmp_path, parts.config)
     shutil.move(tmp_path / "data.npz", tmp_path / "there.npz")
     config = configs.replace(parts.config, {"data.source": f"npz:{tmp_path / 'there.npz'}"})
     return tmp_path, parts._replace(config=config), template
@@ -255,12 +257,12 @@ def moved(tmp_path):
 
 def test_fault_84_training_goes_on_with_moved_data(moved):
     folder, parts, template = moved
-    runs.check(folder, parts.config)
+    run_folder.check(folder, parts.config)
     data = fingerprint(load(parts.config.data.source))
-    lines = runs.resume(parts, template, data, folder)[2]
+    lines = run_folder.resume(parts, template, data, folder)[2]
     assert any("the same data by their fingerprint: data.source was npz:" in line for line in lines)
     with pytest.raises(ConfigError, match=r"the data now are 1x2; data.source was npz:.*there\.npz"):
-        runs.resume(parts, template, "1x2", folder)
+        run_folder.resume(parts, template, "1x2", folder)
 
 
 def test_fault_84_evaluation_is_told_the_new_place(moved, call):

@@ -33,7 +33,7 @@ COMMANDS = {  # as they are typed: the module that has their options
     **{f"{name}.py": f"ddpm_jax.commands.{name}" for name in ("train", "sample", "evaluate")},
     "-m ddpm_jax": "ddpm_jax.__main__",
     **{f"-m ddpm_jax.{name}": f"ddpm_jax.{name}.__main__" for name in ("data", "plots", "schedules", "interop")},
-    "-m ddpm_jax.checkpoint": "ddpm_jax.checkpoint",
+    "-m ddpm_jax.run.checkpoint": "ddpm_jax.run.checkpoint",
     "-m benchmarks": "benchmarks.__main__",
     **{
         f"-m benchmarks.{name}": f"benchmarks.{name}"

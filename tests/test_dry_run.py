@@ -12,8 +12,9 @@ import pytest
 from conftest import SMALL
 
 from ddpm_jax import config as configs
-from ddpm_jax import convolutions, environment, errors, experiment, parallel
-from ddpm_jax.reports import dry_run
+from ddpm_jax import environment, errors, experiment, parallel
+from ddpm_jax.commands import dry_run
+from ddpm_jax.networks import convolutions
 
 WITHOUT_TPU = {name: value for name, value in os.environ.items() if not name.startswith(("TPU_", "ALLOW_MULTIPLE"))}
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import SMALL, assert_one_line, fingerprint, metrics
+from conftest import SMALL, assert_one_line, fingerprint, logged_metrics
 from PIL import Image
 
 from ddpm_jax import config as configs
@@ -37,11 +37,11 @@ def test_members_are_the_runs_of_their_seeds(script, tmp_path):
         alone = trained(script, tmp_path / f"{i}", *SMALL, steps, "--cpu-devices=1", f"--config.train.seed={i}")
         for weights in ("ema", "raw"):
             same(experiment.restore(both, weights, which=i)[1], experiment.restore(alone, weights)[1])
-        for row, own in zip(metrics(both), metrics(alone), strict=True):
+        for row, own in zip(logged_metrics(both), logged_metrics(alone), strict=True):
             assert row[f"loss_member_{i}"] == pytest.approx(own["loss"], rel=1e-5)
         grids = both / "samples" / f"step_000000014_member_{i}.png", alone / "samples" / "step_000000014.png"
         np.testing.assert_allclose(*(np.asarray(Image.open(grid)).astype(int) for grid in grids), atol=1)
-    row = metrics(both)[-1]
+    row = logged_metrics(both)[-1]
     assert row["loss"] == pytest.approx((row["loss_member_0"] + row["loss_member_1"]) / 2, rel=1e-6)
     trained(script, tmp_path / "parts", *TWO, "--config.train.steps=9")
     assert fingerprint(trained(script, tmp_path / "parts", *TWO, steps)) == fingerprint(both)

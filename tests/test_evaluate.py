@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from conftest import NUM, ROOT, T, make_run
 
-from ddpm_jax import keys, likelihood, reports
+from ddpm_jax import keys, likelihood
 from ddpm_jax.commands import evaluate
+from ddpm_jax.evaluation import likelihood as reports
 
 
 @pytest.fixture
@@ -200,7 +201,7 @@ def test_images_of_another_shape_and_values_not_finite(tmp_path, script, monkeyp
     assert (code, err) == (2, "error: the data have images of 8x8x1, the run was trained on 4x4x1\n")
     np.savez(tmp_path / "data.npz", images=images)
     broken = lambda params, root, row: {"index": row["index"], "total": 1 / (row["index"] - 9.0)}  # noqa: E731
-    monkeypatch.setattr(reports.likelihood, "make_measure", lambda *_: broken)
+    monkeypatch.setattr(reports, "make_measure", lambda *_: broken)
     code, _, err = script(f"--workdir={folder}", f"--num={NUM}")
     assert (code, err) == (5, "error: total of image 9 is not finite; nothing was written\n")
     assert not (folder / "evaluation.json").exists()

@@ -7,7 +7,7 @@ from conftest import TINY
 
 from ddpm_jax import config, editing, experiment, schedules
 from ddpm_jax.errors import ConfigError
-from ddpm_jax.reports import likelihood
+from ddpm_jax.evaluation import likelihood
 
 SHAPE = (8, 8, 1)
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_sample_images
 
-from ddpm_jax import features
 from ddpm_jax.errors import CheckpointError, ConfigError, DataError
-from ddpm_jax.features import cache, enl0, inception, layers, torchfile
+from ddpm_jax.evaluation import features
+from ddpm_jax.evaluation.features import cache, enl0, inception, layers, torchfile
 
 has_weights = pytest.mark.skipif(importlib.util.find_spec(enl0.PACKAGE) is None, reason="needs the extra kid")
 

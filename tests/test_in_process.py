@@ -19,11 +19,12 @@ import pytest
 from conftest import LEAST, SMALL, fingerprint
 
 from ddpm_jax import __main__ as program
-from ddpm_jax import errors, files, parallel, signals
+from ddpm_jax import errors, parallel
 from ddpm_jax.commands import train
 from ddpm_jax.errors import ConfigError, Diverged
+from ddpm_jax.run import files, signals
 
-MAINS = ["ddpm_jax.checkpoint", "ddpm_jax.commands.train", "ddpm_jax.commands.sample", "ddpm_jax.commands.evaluate"]
+MAINS = ["ddpm_jax.run.checkpoint", "ddpm_jax.commands.train", "ddpm_jax.commands.sample", "ddpm_jax.commands.evaluate"]
 MAINS += [f"ddpm_jax.{name}.__main__" for name in ("data", "plots", "schedules")]
 MAINS += ["benchmarks.__main__", *(f"benchmarks.{name}" for name in ("checkpoints", "ensemble", "maps", "peers"))]
 MAINS += [f"benchmarks.{name}" for name in ("samplers", "scale", "variants")]
@@ -243,7 +244,7 @@ PLACES = {
     "ddpm_jax.data.__main__": ["npz:~/a.npz", "folder:~/a", "--data-dir=~/a", "--cache-dir=~/a", "--out=~/a.png"],
     "ddpm_jax.plots.__main__": ["~/a", "--out=~/a"],
     "ddpm_jax.schedules.__main__": ["--out=~/a.png"],
-    "ddpm_jax.checkpoint": ["~/a"],
+    "ddpm_jax.run.checkpoint": ["~/a"],
 }
 
 

@@ -19,11 +19,13 @@ from safetensors.numpy import load_file
 
 from configs import celebahq256, cifar10
 from ddpm_jax import config as configs
-from ddpm_jax import experiment, runs, schedules, trees
+from ddpm_jax import experiment, schedules
 from ddpm_jax.commands import evaluate, sample
 from ddpm_jax.errors import ConfigError
 from ddpm_jax.interop import __main__ as interop
 from ddpm_jax.interop import layout, tensors
+from ddpm_jax.run import folder as run_folder
+from ddpm_jax.run import trees
 
 
 @pytest.mark.parametrize("name", ["old", "new"])
@@ -80,16 +82,16 @@ def test_an_imported_run_is_sampled_evaluated_and_trained_on(call, script, run, 
     config = configs.load(workdir / "config.json")
     assert config.data.source == source
     with pytest.raises(ConfigError, match=r"train.seed is 0 there, 1 here"):
-        runs.check(workdir, configs.replace(config, {"train.seed": 1}))
+        run_folder.check(workdir, configs.replace(config, {"train.seed": 1}))
 
 
 def test_what_may_change_before_anything_is_trained(imported):
     """Data and training, without --allow-change; but never the network or the process that was imported."""
     config = configs.load(imported["old"] / "config.json")
-    runs.check(imported["old"], configs.replace(config, {"data.source": "digits", "train.batch_size": 3}))
+    run_folder.check(imported["old"], configs.replace(config, {"data.source": "digits", "train.batch_size": 3}))
     for name, value in (("model.norm_eps", 1e-5), ("model.cos_first", True), ("diffusion.variance", "fixedsmall")):
         with pytest.raises(ConfigError, match=f"{name} is .* there"):
-            runs.check(imported["old"], configs.replace(config, {name: value}))
+            run_folder.check(imported["old"], configs.replace(config, {name: value}))
 
 
 def test_import_and_export_of_a_folder_are_the_identity(imported, call, tmp_path):

@@ -11,10 +11,11 @@ from conftest import assert_same_trees, random_params, small_experiment
 from published import RELEASED, WEIGHTS
 from safetensors.numpy import load_file, save_file
 
-from ddpm_jax import checkpoint, experiment
+from ddpm_jax import experiment
 from ddpm_jax.errors import CheckpointError, ConfigError
 from ddpm_jax.interop import __main__ as interop
 from ddpm_jax.interop import released, tensors
+from ddpm_jax.run import checkpoint
 
 
 @pytest.fixture

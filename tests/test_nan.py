@@ -4,9 +4,9 @@ import re
 
 import numpy as np
 import pytest
-from conftest import SMALL, assert_one_line, fingerprint, metrics
+from conftest import SMALL, assert_one_line, fingerprint, logged_metrics
 
-from ddpm_jax import checkpoint
+from ddpm_jax.run import checkpoint
 
 CONFIG = """
 import jax.numpy as jnp
@@ -53,8 +53,8 @@ def test_fault_59_nan_in_one_batch_is_left_out(train, tmp_path):
     """Counted in metrics.jsonl; the run ends as ever."""
     done = train("step == 11", "--config.train.on_nan=skip")
     assert (done.returncode, done.stderr) == (0, "")
-    assert [row["skipped"] for row in metrics(tmp_path / "run")] == [0, 1, 1, 1, 1]
-    assert all(np.isfinite(row["loss"]) for row in metrics(tmp_path / "run"))
+    assert [row["skipped"] for row in logged_metrics(tmp_path / "run")] == [0, 1, 1, 1, 1]
+    assert all(np.isfinite(row["loss"]) for row in logged_metrics(tmp_path / "run"))
 
 
 @pytest.mark.faults
@@ -89,10 +89,10 @@ def test_nan_sends_the_run_back_when_so_chosen(train, tmp_path):
     done = train("step == 11 and not again", rollback)
     assert done.returncode == 0, done.stderr
     assert re.search(r"not finite at step 12 .*; on from step 10 with other batches and noise \(1 of", done.stderr)
-    assert [row["step"] for row in metrics(tmp_path / "run")] == [7, 14, 21, 28, 30]
-    assert metrics(tmp_path / "run")[-1]["skipped"] == 0
+    assert [row["step"] for row in logged_metrics(tmp_path / "run")] == [7, 14, 21, 28, 30]
+    assert logged_metrics(tmp_path / "run")[-1]["skipped"] == 0
     assert train("False", workdir=tmp_path / "never").returncode == 0
-    assert metrics(tmp_path / "run")[0] == metrics(tmp_path / "never")[0]
+    assert logged_metrics(tmp_path / "run")[0] == logged_metrics(tmp_path / "never")[0]
     assert fingerprint(tmp_path / "run") != fingerprint(tmp_path / "never")
     for steps in (17, 30):
         workdir = tmp_path / "stopped"

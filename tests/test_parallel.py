@@ -8,10 +8,11 @@ import pytest
 from conftest import TINY, assert_one_line, make_run, random_params
 from train_steps import ROOT, batch_of, one_parameter, pull, run
 
-from ddpm_jax import checkpoint, diffusion, experiment, parallel, training, unet
 from ddpm_jax import config as configs
-from ddpm_jax.commands import evaluate, sample
-from ddpm_jax.reports import dry_run
+from ddpm_jax import diffusion, experiment, parallel, training
+from ddpm_jax.commands import dry_run, evaluate, sample
+from ddpm_jax.networks import unet
+from ddpm_jax.run import checkpoint
 
 
 @pytest.fixture(scope="module")

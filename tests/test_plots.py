@@ -19,11 +19,10 @@ from PIL import Image
 from plotted import EVALUATION, ODD, STEPS, metrics
 
 from ddpm_jax import errors, images, options
-from ddpm_jax.commands import COMMANDS, evaluate, sample, train
+from ddpm_jax.commands import COMMANDS, evaluate, progress, sample, train
 from ddpm_jax.config import Config, load, to_json
 from ddpm_jax.plots import __main__ as plots
 from ddpm_jax.plots import album, figures, records, report, strips
-from ddpm_jax.reports import progress
 
 pytest.importorskip("matplotlib")
 

@@ -15,10 +15,11 @@ from conftest import make_run
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from ddpm_jax import checkpoint, config, data, experiment, options
+from ddpm_jax import config, data, experiment, options
 from ddpm_jax.commands import evaluate, sample, train
 from ddpm_jax.plots import __main__ as plots
 from ddpm_jax.plots import album, card, records
+from ddpm_jax.run import checkpoint
 
 pytest.importorskip("matplotlib")
 

@@ -7,9 +7,9 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL, fingerprint, free_port, metrics
+from conftest import ROOT, SMALL, fingerprint, free_port, logged_metrics
 
-from ddpm_jax import checkpoint
+from ddpm_jax.run import checkpoint
 
 QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 HEARTBEAT = 10
@@ -90,7 +90,7 @@ def test_fault_65_two_processes_of_two_devices_are_one_of_four(unbroken, script,
     options = [*SMALL, "--config.train.steps=30", f"--workdir={tmp_path}/one", "--cpu-devices=4"]
     alone = script("train.py", *options, **QUICK)
     assert alone.returncode == 0, alone.stderr
-    one, two = metrics(tmp_path / "one"), metrics(unbroken)
+    one, two = logged_metrics(tmp_path / "one"), logged_metrics(unbroken)
     assert [row["step"] for row in two] == [7, 14, 21, 28, 30]
     for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
@@ -130,7 +130,7 @@ def test_fault_66_a_killed_process_ends_the_other_and_both_resume(start, unbroke
     pair = start(*command, f"--workdir={tmp_path}/run")
     assert [process.wait(300) for process in pair] == [0, 0]
     assert fingerprint(tmp_path / "run") == fingerprint(unbroken)
-    assert metrics(tmp_path / "run") == metrics(unbroken)
+    assert logged_metrics(tmp_path / "run") == logged_metrics(unbroken)
 
 
 RATES = "--config.train.learning_rate=0.1", "--config.train.learning_rate=0.2"
@@ -194,7 +194,8 @@ def test_fault_68_data_that_one_process_loses_while_training(start, tmp_path):
 
 PROGRAM = """
 import os, signal, sys, time
-from ddpm_jax import errors, parallel, signals
+from ddpm_jax import errors, parallel
+from ddpm_jax.run import signals
 
 class Own(errors.UserError):
     exit_code = 9

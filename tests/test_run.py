@@ -8,11 +8,11 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL, assert_one_line, metrics
+from conftest import ROOT, SMALL, assert_one_line, logged_metrics
 from PIL import Image
 
-from ddpm_jax import checkpoint
 from ddpm_jax.commands import sample, train
+from ddpm_jax.run import checkpoint
 
 
 def test_a_run_leaves_what_it_promises(trained):
@@ -25,8 +25,8 @@ def test_a_run_leaves_what_it_promises(trained):
         "samples",
     ]
     assert checkpoint.steps(trained / "checkpoints") == [40, 50, 60]
-    assert [row["step"] for row in metrics(trained)] == [7, 14, 21, 28, 35, 42, 49, 56, 60]
-    assert metrics(trained)[-1]["learning_rate"] == pytest.approx(2e-3)
+    assert [row["step"] for row in logged_metrics(trained)] == [7, 14, 21, 28, 35, 42, 49, 56, 60]
+    assert logged_metrics(trained)[-1]["learning_rate"] == pytest.approx(2e-3)
     grid = Image.open(trained / "samples" / "step_000000060.png")
     assert grid.mode == "L"
     (start,) = json.loads((trained / "run.json").read_text())
@@ -99,7 +99,7 @@ def test_steps_in_one_call_and_a_stop_within_them(script, tmp_path):
     for a, b, c in zip(*map(jax.tree.leaves, (single, whole, parts)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
         np.testing.assert_allclose(b, c, atol=1e-4)
-    assert [row["step"] for row in metrics(tmp_path / "parts")] == [10, 13, 20]
+    assert [row["step"] for row in logged_metrics(tmp_path / "parts")] == [10, 13, 20]
 
 
 @pytest.mark.slow

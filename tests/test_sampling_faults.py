@@ -17,9 +17,10 @@ import pytest
 from conftest import ROOT, T, make_run
 from PIL import Image
 
-from ddpm_jax import averages, checkpoint, experiment, schedules
+from ddpm_jax import averages, experiment, schedules
 from ddpm_jax.commands import evaluate, sample
 from ddpm_jax.errors import CheckpointError, ConfigError
+from ddpm_jax.run import checkpoint
 
 OUTPUTS = ["denoising.gif", "grid.png", "image_000000.png", "image_000001.png", "samples.npz"]
 
@@ -334,7 +335,7 @@ MODULES = ("sitecustomize", "usercustomize", "conftest", "__init__", "__main__",
     [
         "sample.py --workdir=RUN --num=2 --steps=1",
         pytest.param("evaluate.py --workdir=RUN --num=2 --steps=1 --metrics=mse", marks=pytest.mark.faults),
-        pytest.param("-m ddpm_jax.checkpoint RUN", marks=pytest.mark.faults),
+        pytest.param("-m ddpm_jax.run.checkpoint RUN", marks=pytest.mark.faults),
     ],
 )
 def test_fault_37_code_in_the_folder_of_a_run_is_not_run(two, script, tmp_path, canary, command):

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from conftest import make_run
 
-from ddpm_jax import program, shards
+from ddpm_jax import program
 from ddpm_jax.commands import evaluate, sample
+from ddpm_jax.run import shards
 
 NUM = 40
 

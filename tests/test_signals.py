@@ -10,13 +10,14 @@ import threading
 import time
 
 import pytest
-from conftest import ROOT, SMALL, fingerprint, metrics
+from conftest import ROOT, SMALL, fingerprint, logged_metrics
 
-from ddpm_jax import checkpoint
+from ddpm_jax.run import checkpoint
 
 HEAD = """
 import hashlib, os, signal, sys, threading, time
-from ddpm_jax import errors, signals
+from ddpm_jax import errors
+from ddpm_jax.run import signals
 
 def now():
     os.write(1, b"now\\n")  # not by print, which a signal may interrupt
@@ -243,4 +244,4 @@ def test_fault_69_a_step_that_hangs(trained, script, tmp_path, abort):
         again = script(*command, "--config.train.watchdog=100", **variables)  # a busy machine may be slow
         assert (again.returncode, again.stderr) == (0, "")
     assert fingerprint(tmp_path / "run") == fingerprint(trained)
-    assert metrics(tmp_path / "run") == metrics(trained)
+    assert logged_metrics(tmp_path / "run") == logged_metrics(trained)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax.errors import CheckpointError
-from ddpm_jax.features import enl0, torchfile
+from ddpm_jax.evaluation.features import enl0, torchfile
 
 A, B = np.arange(24, dtype="<f4").reshape(2, 3, 4), np.array([7, 8], "<i8")
 

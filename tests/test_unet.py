@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from conftest import TINY, random_params
 
-from ddpm_jax import unet
 from ddpm_jax.config import Model
 from ddpm_jax.errors import ConfigError
+from ddpm_jax.networks import unet
 
 IMAGE = np.random.default_rng(0).normal(size=(8, 8, 1)).astype(np.float32)
 

@@ -10,8 +10,9 @@ The result is one JSON file, in which beside each number stands all it depends o
 import dataclasses
 import json
 
-from ddpm_jax import commands, errors, log, options
-from ddpm_jax.files import expand, write_atomic
+from ddpm_jax import commands, errors, options
+from ddpm_jax.run import log
+from ddpm_jax.run.files import expand, write_atomic
 
 LIKELIHOOD, SAMPLES = ("nll", "ode", "mse"), ("kid", "fid", "pr", "copies", "moments")
 METRICS = LIKELIHOOD + SAMPLES
@@ -44,7 +45,7 @@ class Args(options.Arguments):
     )
     reference_num: int = options.option(0, "so many of these images, evenly spaced; 0 for all", options.at_least(0))
     features: str = options.option(
-        "enl0", "on which kid, fid, pr and copies are measured, a name in ddpm_jax.features.EXTRACTORS"
+        "enl0", "on which kid, fid, pr and copies are measured, a name in ddpm_jax.evaluation.features.EXTRACTORS"
     )
     inception: str = options.option("", "file of the weights of --features=inception (.pth, .safetensors, .npz)")
     ode_steps: int = options.option(100, "times that ode visits, at most T", options.at_least(2))
@@ -70,7 +71,8 @@ def main(argv=None):
     """The exit code of evaluating with the options `argv`, those of the program when None."""
     args = commands.parse(Args, argv, "evaluate", __doc__)
 
-    from ddpm_jax import checkpoint, experiment, parallel, signals
+    from ddpm_jax import experiment, parallel
+    from ddpm_jax.run import checkpoint, signals
 
     workdir, step = (None, None) if args.samples else experiment.find(args.workdir, args.step)
     samples = expand(args.samples)
@@ -107,7 +109,7 @@ def on_run(args, workdir, step):
     All that can be checked is checked before the work.
     """
     from ddpm_jax import experiment, program
-    from ddpm_jax.reports import likelihood, samples
+    from ddpm_jax.evaluation import likelihood, samples
 
     parts, params, step = experiment.restore(workdir, args.weights, step, args.member)
     config, of_run, of_samples = parts.config, asked(args, LIKELIHOOD), asked(args, SAMPLES)
@@ -218,8 +220,7 @@ def make_judge(args, config, num, shape, parts=None):
     """
     import numpy as np
 
-    from ddpm_jax import features
-    from ddpm_jax.reports import samples
+    from ddpm_jax.evaluation import features, samples
 
     metrics = asked(args, SAMPLES)
     if args.inception and args.features != "inception":

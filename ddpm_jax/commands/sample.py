@@ -13,8 +13,9 @@ import warnings
 import zlib
 from pathlib import Path
 
-from ddpm_jax import commands, errors, log, options
-from ddpm_jax.files import expand, write_atomic
+from ddpm_jax import commands, errors, options
+from ddpm_jax.run import log
+from ddpm_jax.run.files import expand, write_atomic
 
 PAIR = "two values with a comma between", lambda value: len(value) in (0, 2)
 
@@ -75,7 +76,8 @@ def main(argv=None):
 
     import numpy as np
 
-    from ddpm_jax import experiment, keys, parallel, program, shards
+    from ddpm_jax import experiment, keys, parallel, program
+    from ddpm_jax.run import shards
 
     workdir, step = experiment.find(args.workdir, args.step)
     out, indices = expand(args.out or workdir / "out"), np.arange(1 if args.reconstruct else args.num)
@@ -112,7 +114,8 @@ def draw_and_write(args, out, title, about, indices, labels, shape, draw_from):
 
     about: that of provenance; draw_from(first) -> batches (b, frames, H, W, C) from image `first` on.
     """
-    from ddpm_jax import parallel, shards, signals
+    from ddpm_jax import parallel
+    from ddpm_jax.run import shards, signals
 
     size = args.shards or max(1, shards.BYTES // math.prod(shape))
     with errors.writing(f"--out={out}"):
@@ -162,7 +165,7 @@ def draw_and_write(args, out, title, about, indices, labels, shape, draw_from):
 
 def files(args, indices):
     """The names of the files that are written."""
-    from ddpm_jax import shards
+    from ddpm_jax.run import shards
 
     pictures = [f"image_{index:06}.png" for index in indices] if args.png else []
     samples = shards.path(Path(), 0).name if args.shards else "samples.npz"
@@ -171,7 +174,8 @@ def files(args, indices):
 
 def provenance(args, num, params, step, steps):
     """{"settings": all that the images depend on, "environment": what changes them by rounding at most}."""
-    from ddpm_jax import checkpoint, parallel, trees
+    from ddpm_jax import parallel
+    from ddpm_jax.run import checkpoint, trees
 
     settings = vars(args) | {"num": num, "step": step, "steps": steps}
     settings |= {"parameters": f"{trees.digest(params):08x}"}
@@ -189,7 +193,8 @@ def finish(args, out, indices, labels, chunks):
     """Write samples.npz, unless shards are to stay, and the pictures; chunks() -> the arrays of all images in turn."""
     import numpy as np
 
-    from ddpm_jax import images, shards
+    from ddpm_jax import images
+    from ddpm_jax.run import shards
 
     def each():
         return (image for chunk in chunks() for image in chunk)

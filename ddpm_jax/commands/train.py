@@ -13,9 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ddpm_jax import commands, errors, log, options
+from ddpm_jax import commands, errors, options
 from ddpm_jax import config as configs
-from ddpm_jax.files import expand
+from ddpm_jax.run import log
+from ddpm_jax.run.files import expand
 
 
 def is_span(text):
@@ -68,7 +69,9 @@ def main(argv=None):
         args = options.replace(args, {"config.data.max_unreadable": 0.0})
     workdir = expand(args.workdir or f"runs/{Path(args.config_file).stem}")
 
-    from ddpm_jax import checkpoint, data, parallel, runs, signals
+    from ddpm_jax import data, parallel
+    from ddpm_jax.run import checkpoint, signals
+    from ddpm_jax.run import folder as run_folder
 
     config = args.config.train
     if args.topology and not args.dry_run:
@@ -89,7 +92,7 @@ def main(argv=None):
         if args.dry_run:
             if config.ensemble > 1:
                 raise errors.ConfigError("--dry-run is of one run; add --config.train.ensemble=1")
-            from ddpm_jax.reports import dry_run
+            from ddpm_jax.commands import dry_run
 
             devices = parallel.topology(args.topology) if args.topology else None
             parallel.check_batch_size(config.batch_size, config.accumulate, devices)
@@ -101,30 +104,32 @@ def main(argv=None):
         parts, dataset = parallel.together(lambda: prepare(args, workdir, say))
         fingerprint = data.fingerprint(dataset)
         there = checkpoint.steps(workdir / "checkpoints")
-        runs.check_same(
+        run_folder.check_same(
             args.config, data=fingerprint, step=args.step, allow_change=args.allow_change, checkpoints=there
         )
-        done = parallel.together(lambda: runs.last_step(workdir, config.steps, args.step))
+        done = parallel.together(lambda: run_folder.last_step(workdir, config.steps, args.step))
         if done:
             say(f"already finished at step {done:,}; for more, --config.train.steps={2 * done}")
             return 0
         # All is checked: from here on the folder of the run is written.
-        with parallel.together(lambda: runs.claim(workdir) if parallel.is_first() else contextlib.nullcontext()):
-            parallel.together(lambda: runs.check_seen(workdir))
+        with parallel.together(lambda: run_folder.claim(workdir) if parallel.is_first() else contextlib.nullcontext()):
+            parallel.together(lambda: run_folder.check_seen(workdir))
             shown = args.wandb, span(args), [*commands.spelled("train").split(), *argv]
             return train(parts, dataset, fingerprint, workdir, asked, say, args.step or None, args.allow_change, *shown)
 
 
 def prepare(args, workdir, say):
     """(Experiment, Dataset), after all checks that need no device."""
-    from ddpm_jax import checkpoint, data, experiment, parallel, runs
+    from ddpm_jax import data, experiment, parallel
+    from ddpm_jax.run import checkpoint
+    from ddpm_jax.run import folder as run_folder
 
     config = args.config
     parallel.check_batch_size(config.train.batch_size, config.train.accumulate, members=config.train.ensemble)
     if args.step >= config.train.steps:
         raise errors.ConfigError(f"--step={args.step} must be less than train.steps={config.train.steps}")
     span(args)  # refuses
-    runs.check(workdir, config, args.allow_change)
+    run_folder.check(workdir, config, args.allow_change)
     dataset = data.load(**vars(config.data))
     images = "x".join(map(str, dataset.images.shape[1:]))
     say(f"{config.data.source}: {len(dataset.images):,} images of {images}")
@@ -134,7 +139,7 @@ def prepare(args, workdir, say):
         dataset = experiment.with_labels_of_run(dataset, config.data.source, meta["data"], meta.get("classes"))
     data.batch(dataset, 0, 0, config.train.batch_size)  # refuses too few images
     if config.train.evaluate_every:
-        from ddpm_jax.features import enl0
+        from ddpm_jax.evaluation.features import enl0
 
         enl0.find()  # refuses
     parts = experiment.make(config, dataset.images.shape[1:])._replace(classes=dataset.classes)
@@ -183,8 +188,10 @@ def train(parts, dataset, fingerprint, workdir, asked, say, step=None, allowed=(
     """
     import jax
 
-    from ddpm_jax import checkpoint, parallel, program, runs, signals
-    from ddpm_jax.reports import progress
+    from ddpm_jax import parallel, program
+    from ddpm_jax.commands import progress
+    from ddpm_jax.run import checkpoint, signals
+    from ddpm_jax.run import folder as run_folder
 
     config, folder = parts.config.train, workdir / "checkpoints"
     made = program.make(parts, dataset)
@@ -198,7 +205,7 @@ def train(parts, dataset, fingerprint, workdir, asked, say, step=None, allowed=(
             state, meta = None, {"window": [], "rollbacks": 0}
             if checkpoint.steps(folder) or step:
                 template = jax.eval_shape(made.init_state)
-                state, meta, told = runs.resume(parts, template, fingerprint, workdir, step, allowed)
+                state, meta, told = run_folder.resume(parts, template, fingerprint, workdir, step, allowed)
                 for line in told:
                     say(line)
             else:
@@ -212,7 +219,7 @@ def train(parts, dataset, fingerprint, workdir, asked, say, step=None, allowed=(
                 told = f"on from step {begun} with other batches and noise ({tries[begun]} of at most {most} times)"
                 warnings.warn(f"{failure}; {told}", stacklevel=2)
             else:
-                parallel.together(lambda: parallel.is_first() and runs.record(workdir, parts.config, argv))
+                parallel.together(lambda: parallel.is_first() and run_folder.record(workdir, parts.config, argv))
                 say("compiling the training step")
             entries = fixed | {"rollbacks": rollbacks, "branch": branch}
             run = Run(parts, made, workdir, entries, write_grid, evaluate, asked, feed, say, project, span)
@@ -230,7 +237,8 @@ def follow(run, state, window):
     import jax
     import numpy as np
 
-    from ddpm_jax import averages, boards, checkpoint, data, experiment, parallel, profiling, training
+    from ddpm_jax import averages, data, experiment, parallel, training
+    from ddpm_jax.run import boards, checkpoint, profiling
 
     config, say, again = run.parts.config.train, run.say, run.entries["rollbacks"]
     first, last, at_once = int(np.max(state.step)), config.steps, config.steps_per_call
@@ -337,7 +345,7 @@ def on_host(metrics):
 
 def check_finite(row, step, config, manager):
     """Do as train.on_nan says when the gradient of the step with these metrics was not finite. It changed nothing."""
-    from ddpm_jax import checkpoint
+    from ddpm_jax.run import checkpoint
 
     in_row = row["skipped_in_row"]
     if in_row < (config.max_skipped if config.on_nan == "skip" else 1):

@@ -5,8 +5,8 @@ import sys
 
 from ddpm_jax import errors, options
 from ddpm_jax.config import Data
-from ddpm_jax.files import expand
-from ddpm_jax.log import without_warnings_of_absl
+from ddpm_jax.run.files import expand
+from ddpm_jax.run.log import without_warnings_of_absl
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +38,13 @@ def main(argv=None):
 
     import numpy as np
 
-    from ddpm_jax import data, evaluation
+    from ddpm_jax import data
+    from ddpm_jax.evaluation import metrics
 
     named = {name: value for name, value in vars(args).items() if name not in ("num", "out", "debug")}
     dataset = data.load(**named)
     count, height, width, channels = dataset.images.shape
-    found = evaluation.tint(dataset.images)
+    found = metrics.tint(dataset.images)
     mean, std = found.mean / 255, found.spread / 255
     print(f"{count:,} images of {height}x{width}x{channels}")
     print("mean", *(f"{value:.5f}" for value in mean), "std", *(f"{value:.5f}" for value in std), "(0 black, 1 white)")

@@ -14,8 +14,8 @@ import numpy as np
 from ddpm_jax.data.intake import LEVELS
 from ddpm_jax.data.loader import Dataset, prefetch
 from ddpm_jax.errors import DataError, first_line
-from ddpm_jax.files import cache_folder, locked, write_atomic
-from ddpm_jax.log import note, progress
+from ddpm_jax.run.files import cache_folder, locked, write_atomic
+from ddpm_jax.run.log import note, progress
 
 GROUP = 8  # items that a thread decodes at once, so that it gets on for a while
 

@@ -17,8 +17,8 @@ from PIL import Image
 
 from ddpm_jax.data.archives import find, read_idx, read_members
 from ddpm_jax.errors import DataError, first_line
-from ddpm_jax.files import expand
-from ddpm_jax.log import note, progress
+from ddpm_jax.run.files import expand
+from ddpm_jax.run.log import note, progress
 
 TIMEOUT = 30  # seconds without a byte after which a download has failed
 

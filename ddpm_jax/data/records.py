@@ -9,8 +9,8 @@ from ddpm_jax.data.intake import fit_array
 from ddpm_jax.data.maps import GROUP, decode
 from ddpm_jax.data.prepare import SETS, prepare, write
 from ddpm_jax.errors import DataError, first_line
-from ddpm_jax.files import cache_folder, expand, has_home, locked
-from ddpm_jax.log import note, without_warnings_of_absl
+from ddpm_jax.run.files import cache_folder, expand, has_home, locked
+from ddpm_jax.run.log import note, without_warnings_of_absl
 
 
 def from_tfds(

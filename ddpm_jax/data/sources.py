@@ -7,16 +7,16 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ddpm_jax import shards
 from ddpm_jax.config import Data
 from ddpm_jax.data.intake import SUFFIXES, find, fit_array, is_picture, read_frames
 from ddpm_jax.data.loader import Dataset, reorder_classes
 from ddpm_jax.data.maps import decode, digest
 from ddpm_jax.data.records import from_digits, from_tfds
 from ddpm_jax.errors import DataError, first_line
-from ddpm_jax.files import expand
-from ddpm_jax.log import note
 from ddpm_jax.options import to_text
+from ddpm_jax.run import shards
+from ddpm_jax.run.files import expand
+from ddpm_jax.run.log import note
 
 SPLITS = (("train", "training"), ("test", "testing"), ("validation", "valid", "val", "dev"))  # names of folders
 

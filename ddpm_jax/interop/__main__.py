@@ -11,8 +11,9 @@ import dataclasses
 import shutil
 import sys
 
-from ddpm_jax import commands, errors, log, options
-from ddpm_jax.files import expand
+from ddpm_jax import commands, errors, options
+from ddpm_jax.run import log
+from ddpm_jax.run.files import expand
 
 RUN = ("config.json", "checkpoints", "averages", "samples", "metrics.jsonl", "run.json")  # what training writes
 
@@ -59,8 +60,9 @@ def main(argv=None):
 
 def import_run(args, path, argv):
     """Make a run of a DDPM in diffusers' layout, or of a FILE.safetensors with the config inside."""
-    from ddpm_jax import checkpoint, config, experiment
+    from ddpm_jax import config, experiment
     from ddpm_jax.interop import released, tensors
+    from ddpm_jax.run import checkpoint
 
     workdir = expand(args.workdir)
     if not args.overwrite and ((workdir / RUN[0]).exists() or checkpoint.steps(workdir / "checkpoints")):
@@ -81,9 +83,11 @@ def import_run(args, path, argv):
 
 def write_run(parts, params, workdir, argv=()):
     """A run whose one checkpoint, of step 0, has `params`, them also as their average, and a fresh optimiser."""
-    from ddpm_jax import checkpoint, experiment, parallel, runs
+    from ddpm_jax import experiment, parallel
+    from ddpm_jax.run import checkpoint
+    from ddpm_jax.run import folder as run_folder
 
-    with runs.claim(workdir):
+    with run_folder.claim(workdir):
         for path in (workdir / name for name in RUN):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         state = experiment.make_training(parts)[0](params)
@@ -92,7 +96,9 @@ def write_run(parts, params, workdir, argv=()):
         with checkpoint.open_manager(workdir / "checkpoints") as manager:
             checkpoint.save(manager, state, **meta)
             checkpoint.finish(manager)
-        runs.record(workdir, parts.config, argv)  # last: a config without a checkpoint would train from the beginning
+        run_folder.record(
+            workdir, parts.config, argv
+        )  # last: a config without a checkpoint would train from the beginning
 
 
 def export_run(args, path, argv):

@@ -8,10 +8,11 @@ import json
 
 import numpy as np
 
-from ddpm_jax import experiment, schedules, trees
+from ddpm_jax import experiment, schedules
 from ddpm_jax.config import Config, Data, Diffusion, Model, Train
 from ddpm_jax.errors import ConfigError
-from ddpm_jax.unet import largest_divisor
+from ddpm_jax.networks.unet import largest_divisor
+from ddpm_jax.run import trees
 
 UNET = {  # UNet2DModel's options and their defaults
     "sample_size": None,

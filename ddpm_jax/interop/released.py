@@ -5,11 +5,11 @@ import zlib
 from typing import NamedTuple
 
 from ddpm_jax import config as configs
-from ddpm_jax import trees
 from ddpm_jax.config import Config
 from ddpm_jax.errors import CheckpointError, ConfigError, writing
-from ddpm_jax.files import write_atomic
 from ddpm_jax.interop import layout, tensors
+from ddpm_jax.run import trees
+from ddpm_jax.run.files import write_atomic
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PIPELINE = {

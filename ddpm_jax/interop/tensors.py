@@ -11,9 +11,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from ddpm_jax import trees
 from ddpm_jax.errors import CheckpointError, writing
-from ddpm_jax.files import write_atomic
+from ddpm_jax.run import trees
+from ddpm_jax.run.files import write_atomic
 
 FLOATS = ("F32", "F16", "BF16")
 

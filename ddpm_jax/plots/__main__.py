@@ -9,8 +9,9 @@ import dataclasses
 import itertools
 import sys
 
-from ddpm_jax import errors, log, options
-from ddpm_jax.files import expand, write_atomic
+from ddpm_jax import errors, options
+from ddpm_jax.run import log
+from ddpm_jax.run.files import expand, write_atomic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +44,9 @@ def main(argv=None):
     if not args.workdir:
         raise errors.ConfigError("name a run, for example python -m ddpm_jax.plots runs/digits")
 
-    from ddpm_jax import checkpoint, experiment, parallel
+    from ddpm_jax import experiment, parallel
     from ddpm_jax.plots import album, card, figures, records, report
+    from ddpm_jax.run import checkpoint
 
     figures.check()
     run, step = experiment.find(args.workdir, args.step)

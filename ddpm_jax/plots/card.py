@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ddpm_jax import experiment, log
+from ddpm_jax import experiment
 from ddpm_jax.commands.evaluate import METRICS
 from ddpm_jax.plots import report
+from ddpm_jax.run import log
 
 FRONT = """---
 library_name: ddpm_jax

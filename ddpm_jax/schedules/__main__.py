@@ -4,7 +4,7 @@ import dataclasses
 import sys
 
 from ddpm_jax import errors, options
-from ddpm_jax.files import expand, write_atomic
+from ddpm_jax.run.files import expand, write_atomic
 from ddpm_jax.schedules import make_schedule
 from ddpm_jax.schedules.report import report, warn_of_signal
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from ddpm_jax import images, parallel
 from ddpm_jax.errors import CheckpointError, ConfigError
-from ddpm_jax.features import enl0, inception, torchfile
-from ddpm_jax.files import expand
+from ddpm_jax.evaluation.features import enl0, inception, torchfile
+from ddpm_jax.run.files import expand
 
 
 class Extractor(NamedTuple):

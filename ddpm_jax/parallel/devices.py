@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ddpm_jax.environment import WITHOUT_TPU, tpu_is_attached
 from ddpm_jax.errors import INTERRUPTED, PREEMPTED, ConfigError, Diverged, LostProcess, OutOfMemory, UserError
-from ddpm_jax.files import cache_folder
+from ddpm_jax.run.files import cache_folder
 
 AXIS = "batch"
 

@@ -5,8 +5,8 @@ import warnings
 import jax
 import numpy as np
 
-from ddpm_jax import errors, experiment, features, images, parallel, program
-from ddpm_jax.reports import samples
+from ddpm_jax import errors, experiment, images, parallel, program
+from ddpm_jax.evaluation import features, samples
 
 
 def make_grid_writer(parts, workdir, feed):

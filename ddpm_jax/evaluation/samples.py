@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ddpm_jax import evaluation, features
 from ddpm_jax.errors import ConfigError, writing
-from ddpm_jax.features import cache
+from ddpm_jax.evaluation import features, metrics
+from ddpm_jax.evaluation.features import cache
 
 PARTS, LARGEST = 10, 1000  # of samples for KID: at least so many, each of at most so many images
 LEAST = 2 * PARTS  # images
@@ -58,9 +58,9 @@ def _number(value, unit, error=None, real=None, **rest):
 def kid(sets):
     """KID x 1000 over parts of the samples."""
     size = min(LARGEST, len(sets.of_samples) // PARTS)
-    value, error, parts = evaluation.kid_in_parts(sets.of_samples, sets.of_data, size)
+    value, error, parts = metrics.kid_in_parts(sets.of_samples, sets.of_data, size)
     ours, rest = sets.real(MOST)
-    real = evaluation.kid_in_parts(ours, rest, size)
+    real = metrics.kid_in_parts(ours, rest, size)
     real = {"value": 1000 * real[0], "standard_error": 1000 * real[1], "num": len(ours), "against": len(rest)}
     told = _number(1000 * value, "x 1000", 1000 * error, real, subsets=parts, subset_size=size)
     return {f"KID-{sets.extractor.name}": told}
@@ -70,27 +70,27 @@ def fid(sets):
     """The Frechet distance; FID by name only when its features are those of the published FID."""
     name = "FID" if sets.extractor.published else f"Frechet distance ({sets.extractor.name})"
     least = min(len(sets.of_samples), len(sets.of_data))
-    if least < evaluation.FEW:
+    if least < metrics.FEW:
         warnings.warn(
             f"{name} of {least:,} images is too high by an amount that depends on their number; take "
-            f"{evaluation.FEW:,} or more, the published figures are of 50,000",
+            f"{metrics.FEW:,} or more, the published figures are of 50,000",
             stacklevel=2,
         )
     ours, rest = sets.real()
-    real = {"value": float(evaluation.frechet(evaluation.moments(ours), evaluation.moments(rest)))}
+    real = {"value": float(metrics.frechet(metrics.moments(ours), metrics.moments(rest)))}
     real |= {"num": len(ours), "against": len(rest)}
-    value = evaluation.frechet(evaluation.moments(sets.of_samples), evaluation.moments(sets.of_data))
+    value = metrics.frechet(metrics.moments(sets.of_samples), metrics.moments(sets.of_data))
     return {name: _number(value, "squared distance", real=real)}
 
 
 def precision_recall(sets):
     """Precision and recall by three neighbours."""
     ours, rest = sets.real()
-    found = evaluation.precision_recall(sets.of_samples, sets.of_data)
+    found = metrics.precision_recall(sets.of_samples, sets.of_data)
     names, told = ("precision", "recall"), {}
-    for name, value, real in zip(names, found, evaluation.precision_recall(ours, rest), strict=True):
+    for name, value, real in zip(names, found, metrics.precision_recall(ours, rest), strict=True):
         real = {"value": float(real), "num": len(ours), "against": len(rest)}
-        told[f"{name} ({sets.extractor.name})"] = _number(value, "share", real=real, neighbours=evaluation.K)
+        told[f"{name} ({sets.extractor.name})"] = _number(value, "share", real=real, neighbours=metrics.K)
     return told
 
 
@@ -102,18 +102,18 @@ def copies(sets):
         compared[sets.extractor.name] = sets.of_samples, sets.of_data
     told = {}
     for name, (samples, data) in compared.items():
-        found = evaluation.copies(samples, data)
+        found = metrics.copies(samples, data)
         parts = {"limit": found.limit, "median": found.median, "median within data": found.median_within}
         parts = {part: float(value) for part, value in parts.items()}
         error = (found.share * (1 - found.share) / len(samples)) ** 0.5
-        real = {"value": evaluation.TWINS}
+        real = {"value": metrics.TWINS}
         told[f"copies ({name})"] = _number(found.share, "share of near twins", error, real, parts=parts)
     return told
 
 
 def tint(sets):
     """The largest difference of a channel's mean, and of its spread, from the data's; a warning when it shows."""
-    ours, data, told = evaluation.tint(sets.samples), evaluation.tint(sets.data), {}
+    ours, data, told = metrics.tint(sets.samples), metrics.tint(sets.data), {}
     for name in ("mean", "spread"):
         values = [getattr(found, name) for found in (ours, data)]
         errors = [getattr(found, f"{name}_error") for found in (ours, data)]
@@ -122,7 +122,7 @@ def tint(sets):
         parts |= {f"channel {i} of data": float(value) for i, value in enumerate(values[1])}
         difference, error = (values[0] - values[1])[worst], np.hypot(*errors)[worst]
         told[f"{name} of channels"] = _number(difference, "levels of 255 off", error, parts=parts)
-        if evaluation.is_off(*values, *errors).any():
+        if metrics.is_off(*values, *errors).any():
             warnings.warn(
                 f"the {name} of channel {worst} is {values[0][worst]:.1f} in the samples, {values[1][worst]:.1f} in "
                 "the data: their colours or contrast are off",
@@ -176,6 +176,6 @@ def quick_kid(samples, data, where, extractor, folder, say=lambda text: None):
     rows = np.linspace(0, len(data) - 1, min(len(data), MOST)).astype(int)
     of_data, _ = cache.reference(extractor, data[rows], where, folder, feed=say)
     of_samples = np.concatenate(list(features.extract(extractor, samples)))
-    value, error, _ = evaluation.kid_in_parts(of_samples, of_data, len(samples) // PARTS)
+    value, error, _ = metrics.kid_in_parts(of_samples, of_data, len(samples) // PARTS)
     name = f"kid_{extractor.name}".lower().replace("-", "_")
     return {name: float(1000 * value), f"{name}_error": float(1000 * error)}

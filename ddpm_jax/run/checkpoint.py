@@ -4,7 +4,7 @@ A step is a folder with an item for each part of the TrainState and meta (JSON: 
 It counts once its commit marker is written, so a crash while saving leaves the step before. Orbax does not notice
 damaged array data, so each item has a checksum of our own, and a damaged step gives way to the one before it.
 
-    python -m ddpm_jax.checkpoint runs/digits [--clean]
+    python -m ddpm_jax.run.checkpoint runs/digits [--clean]
 
 lists the steps of a run, each read in full and compared with its checksums.
 """
@@ -28,11 +28,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization
 
-from ddpm_jax import __version__, options, parallel, trees
+from ddpm_jax import __version__, options, parallel
 from ddpm_jax.environment import YNN_FLAG
 from ddpm_jax.errors import CheckpointError, Diverged, UserError, run, writing
-from ddpm_jax.files import expand, lock
-from ddpm_jax.log import quiet, without_warnings_of_absl
+from ddpm_jax.run import trees
+from ddpm_jax.run.files import expand, lock
+from ddpm_jax.run.log import quiet, without_warnings_of_absl
 
 ARRAYS = ("params", "ema_params", "opt_state", "times", "averages")  # those that are empty are left out
 COUNTERS = ("step", "skipped", "skipped_in_row")
@@ -348,11 +349,11 @@ class Args(options.Arguments):
 def main(argv=None):
     """List the steps of the run that the command line names; exit code 4 unless the newest is whole."""
     argv = options.first_named(options.words(argv), "workdir")
-    args = options.parse(Args, argv, "-m ddpm_jax.checkpoint RUN", __doc__)
+    args = options.parse(Args, argv, "-m ddpm_jax.run.checkpoint RUN", __doc__)
     workdir = expand(args.workdir)
     folder = workdir / "checkpoints"
     if not args.workdir or not folder.is_dir():
-        raise CheckpointError(f"there is no run in {args.workdir!r}; python -m ddpm_jax.checkpoint runs/digits")
+        raise CheckpointError(f"there is no run in {args.workdir!r}; python -m ddpm_jax.run.checkpoint runs/digits")
     if args.clean:
         with writing(f"{workdir}"):
             held = lock(workdir)  # not while a run is writing there

@@ -11,11 +11,12 @@ import warnings
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ddpm_jax import checkpoint, parallel, trees
 from ddpm_jax import config as configs
+from ddpm_jax import parallel
 from ddpm_jax.errors import CheckpointError, ConfigError, writing
-from ddpm_jax.files import lock, write_atomic
 from ddpm_jax.options import nearest
+from ddpm_jax.run import checkpoint, trees
+from ddpm_jax.run.files import lock, write_atomic
 
 PLACE = ("data.source", "data.split")  # of pictures or arrays, which may be moved: their fingerprint tells
 
@@ -119,7 +120,7 @@ def last_step(workdir, steps, step=0):
 
 def revision():
     """The git revision of this code, if there is one."""
-    clone = Path(__file__).parents[1]
+    clone = Path(__file__).parents[2]
     if not shutil.which("git") or not (clone / ".git").exists():  # an installed package may lie inside another's
         return None
     command = ["git", "-C", str(clone), "describe", "--always", "--dirty"]

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from ddpm_jax.errors import DataError
-from ddpm_jax.features import extract
-from ddpm_jax.files import cache_folder, locked, write_atomic
-from ddpm_jax.log import note
+from ddpm_jax.evaluation.features import extract
+from ddpm_jax.run.files import cache_folder, locked, write_atomic
+from ddpm_jax.run.log import note
 
 FORMAT = 1  # to be raised when an extractor changes what it makes of the same weights
 
