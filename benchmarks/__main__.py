@@ -54,7 +54,7 @@ def main(argv=None):
     log.note(parallel.describe())
     versions = checkpoint.versions() | {"python": sys.version.split()[0]}
     log.note(", ".join(f"{name} {version}" for name, version in versions.items()))
-    dataset = experiment.with_labels(data.load(**vars(config.data)), config.model.num_classes)
+    dataset = data.with_labels(data.load(**vars(config.data)), config.model.num_classes)
     parts = experiment.make(config, dataset.images.shape[1:])
     log.note(
         f"{args.config_file}: {experiment.parameter_count(parts):,} parameters, "
@@ -135,13 +135,12 @@ def measure_training(parts, dataset):
 
 def compile_step(parts, dataset):
     """The pmapped train step and its arguments; prints how long it compiles and how much memory it takes."""
-    from ddpm_jax import data, experiment, keys, parallel
+    from ddpm_jax import data, keys, parallel
 
     config = parts.config.train
-    init_state, step = experiment.make_training(parts)
     batch = parallel.shard(data.batch(dataset, config.seed, 0, config.batch_size))
-    arguments = parallel.replicate(init_state()), batch, keys.root(config.seed, "train")
-    step, clock = parallel.pmap_step(step), time.perf_counter()
+    arguments = parallel.replicate(parts.init_state()), batch, keys.root(config.seed, "train")
+    step, clock = parallel.pmap_step(parts.train_step), time.perf_counter()
     compiled = step.lower(*arguments).compile()
     line("compilation of the step, cold", f"{time.perf_counter() - clock:.1f} s")
     memory = compiled.memory_analysis()
@@ -182,7 +181,8 @@ def run_loop(parts, dataset, bare):
         stack.enter_context(no_grids)
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        train.train(parts, dataset, "made up", Path(folder), lambda: None, lambda text: None)
+        args = train.Args(config=parts.config)
+        train.train(args, parts, dataset, "made up", Path(folder), lambda: None, lambda text: None, [])
     steps = [after["step"] - before["step"] for before, after in itertools.pairwise(rows)]
     return bares, steps, [row["seconds_per_step"] for row in rows[1:]], clocked[1:]
 

@@ -41,7 +41,7 @@ def main(argv=None):
 
     parallel.start(args.config.train.batch_size, 1, args.platform, "off", args.cpu_devices)
     parts = experiment.make(args.config, args.shape)
-    template = jax.eval_shape(experiment.make_training(parts)[0])
+    template = jax.eval_shape(parts.init_state)
     random = np.random.default_rng(0)
 
     def draw(leaf):

@@ -118,12 +118,11 @@ def measure_training(args, parts, params, theirs, batch, peak):
     import torch
     from diffusers.training_utils import EMAModel
 
-    from ddpm_jax import experiment, keys, parallel
+    from ddpm_jax import keys, parallel
 
     config = args.config.train
-    init_state, train_step = experiment.make_training(parts)
-    state, root, shards = parallel.replicate(init_state(params)), keys.root(0, "train"), parallel.shard(batch)
-    compiled = parallel.pmap_step(train_step).lower(state, shards, root).compile()
+    state, root, shards = parallel.replicate(parts.init_state(params)), keys.root(0, "train"), parallel.shard(batch)
+    compiled = parallel.pmap_step(parts.train_step).lower(state, shards, root).compile()
 
     def ours():
         nonlocal state

@@ -53,14 +53,13 @@ def prepare(args, devices):
     """(the collectives of the compiled step in words, a function that gives the seconds of a step)."""
     import jax
 
-    from ddpm_jax import experiment, keys, parallel
+    from ddpm_jax import keys, parallel
     from ddpm_jax.commands.dry_run import collectives, made_up
 
     parts, batch = made_up(options.replace(args.config, {"train.batch_size": args.share * len(devices)}))
     batch = jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), batch)
-    init_state, train_step = experiment.make_training(parts)
-    state, root = parallel.replicate(init_state(), devices), keys.root(0, "train")
-    compiled = parallel.pmap_step(train_step, devices).lower(state, batch, root).compile()
+    state, root = parallel.replicate(parts.init_state(), devices), keys.root(0, "train")
+    compiled = parallel.pmap_step(parts.train_step, devices).lower(state, batch, root).compile()
     found = collectives(compiled.as_text())
     words = ", ".join(f"{number} {name} of {size / 1e6:.1f} MB" for name, (number, size) in found.items()) or "none"
 

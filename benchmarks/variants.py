@@ -62,16 +62,15 @@ def prepare(config):
     import jax
     import numpy as np
 
-    from ddpm_jax import experiment, keys, parallel, training
+    from ddpm_jax import keys, parallel, training
     from ddpm_jax.commands.dry_run import made_up
 
     parts, batch = made_up(config)
     number = config.train.steps_per_call
     batch = jax.tree.map(lambda x: np.stack([x] * number, 1), parallel.shard(batch))
-    init_state, train_step = experiment.make_training(parts)
-    state, root = parallel.replicate(init_state()), keys.root(0, "train")
+    state, root = parallel.replicate(parts.init_state()), keys.root(0, "train")
     lowered, clock = (
-        parallel.pmap_step(training.several_steps(train_step)).lower(state, batch, root),
+        parallel.pmap_step(training.several_steps(parts.train_step)).lower(state, batch, root),
         time.perf_counter(),
     )
     compiled = lowered.compile()

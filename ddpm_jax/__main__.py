@@ -5,7 +5,7 @@
     python -m ddpm_jax evaluate --workdir=runs/digits --metrics=nll
 
     python -m ddpm_jax.data          describe, show and prepare images
-    python -m ddpm_jax.run.checkpoint    list and check the checkpoints of a run
+    python -m ddpm_jax.run    list and check the checkpoints of a run
     python -m ddpm_jax.plots         draw a run, and put it on one page
     python -m ddpm_jax.interop       take and give released weights
     python -m ddpm_jax.schedules     tell the signal that a noise schedule leaves

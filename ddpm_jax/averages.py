@@ -8,17 +8,10 @@ a linear combination of the snapshots, whose coefficients fit its p by theirs.
 A step here is a number of updates taken, n = 1, 2, ...; training steps that were skipped do not count.
 """
 
-import io
-import warnings
-from pathlib import Path
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.errors import CheckpointError, ConfigError
-from ddpm_jax.run import trees
-from ddpm_jax.run.files import write_atomic
+from ddpm_jax.errors import ConfigError
 
 LONGEST = 12**-0.5  # sigma_rel of gamma = 0, the plain mean of all steps
 
@@ -81,106 +74,3 @@ def weights(snapshots, target_step, target_sigma_rel):
     square = _inner(1.0, g_0, 1.0, g_0)
     distance = square - 2 * coefficients @ right + coefficients @ gram @ coefficients
     return coefficients, float(np.sqrt(max(0.0, distance / square)))
-
-
-def _path(folder, step):
-    return Path(folder) / f"step_{step:09d}.npz"
-
-
-def save(folder, step, averages):
-    """Write {sigma_rel: tree} after `step` updates as one file of float32 arrays "sigma_rel/name" and a CRC-32 of all.
-
-    Raises CheckpointError when it cannot be written; the other snapshots are untouched then.
-    """
-    step = int(step)
-    assert step >= 1
-    arrays = {
-        f"{float(length)}/{trees.name(path)}": np.asarray(leaf, np.float32)
-        for length, tree in averages.items()
-        for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(tree))
-    }
-    buffer = io.BytesIO()
-    np.savez(buffer, crc32=np.uint32(trees.digest([step, arrays])), **arrays)
-    try:
-        write_atomic(_path(folder, step), buffer.getbuffer())
-    except OSError as error:
-        raise CheckpointError(f"the averages of step {step} were not written to {folder} ({error})") from error
-
-
-def load(folder, step):
-    """{sigma_rel: {name: float32 array}} of one snapshot; CheckpointError if it is missing or damaged."""
-    path = _path(folder, step)
-    try:
-        with open(path, "rb") as file, np.load(file) as archive:
-            arrays = dict(archive)
-        if arrays.pop("crc32") != trees.digest([step, arrays]):
-            raise ValueError("the checksum differs")
-    except Exception as error:  # a damaged file can make zipfile raise anything
-        raise CheckpointError(f"{path} cannot be used ({' '.join(str(error).split())[:200]})") from error
-    averages = {}
-    for key, array in arrays.items():
-        length, name = key.split("/", 1)
-        averages.setdefault(float(length), {})[name] = array
-    return averages
-
-
-def drop_after(folder, step):
-    """Remove the snapshots after `step` updates, which a run that goes on from there writes again."""
-    for number in _steps(folder):
-        if number > step:
-            _path(folder, number).unlink()
-
-
-def _steps(folder):
-    numbers = [path.stem.removeprefix("step_") for path in Path(folder).glob("step_*.npz")]
-    return sorted(int(number) for number in numbers if number.isdigit())
-
-
-def stored(folder):
-    """The snapshots of a folder that are whole, as a list of (step, sigma_rel), oldest first; each file is read.
-
-    A damaged one is left out with a warning. Raises CheckpointError when none is left.
-    """
-    snapshots, steps = [], _steps(folder)
-    for step in steps:
-        try:
-            snapshots += [(step, length) for length in load(folder, step)]
-        except CheckpointError as error:
-            warnings.warn(f"averages left out: {error}", stacklevel=2)
-    if not snapshots:
-        raise CheckpointError(f"there are no averages in {folder}" + (" that can be used" if steps else ""))
-    return snapshots
-
-
-def reconstruct(folder, template, sigma_rel, step=None):
-    """The average of length `sigma_rel` at `step` (default: the last snapshot's), shaped and typed as `template`.
-
-    One snapshot is in memory at a time; the sum is float64, as coefficients alternate in sign. A fit whose error
-    is above a tenth is told as a warning. Raises ConfigError for a length or step out of range, CheckpointError when
-    there is no whole snapshot or one does not fit the template.
-    """
-    snapshots = stored(folder)
-    step = snapshots[-1][0] if step is None else step
-    coefficients, error = weights(snapshots, step, sigma_rel)
-    if error > 0.1:
-        warnings.warn(
-            f"the average of sigma_rel={sigma_rel} at step {step} is only roughly known: {len(snapshots)} snapshots "
-            f"give its weights with an error of {error:.0%}; take a length nearer to theirs or a step that has one, or "
-            "save them more often",
-            stacklevel=2,
-        )
-    shapes = {trees.name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(template)}
-    total = {name: np.zeros(shape) for name, shape in shapes.items()}
-    coefficient = dict(zip(snapshots, coefficients, strict=True))
-    for snapshot in sorted({at for at, _ in snapshots}):
-        for length, arrays in load(folder, snapshot).items():
-            found = {name: array.shape for name, array in arrays.items()}
-            if found != shapes:
-                name = min(name for name in found.keys() | shapes if found.get(name) != shapes.get(name))
-                raise CheckpointError(
-                    f"{_path(folder, snapshot)} does not fit the model: {name} is {found.get(name, 'missing')}, "
-                    f"the model has {shapes.get(name, 'none')}"
-                )
-            for name, array in arrays.items():
-                total[name] += coefficient[snapshot, length] * array
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: total[trees.name(path)].astype(leaf.dtype), template)

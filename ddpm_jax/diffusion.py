@@ -17,6 +17,16 @@ import jax.numpy as jnp
 from ddpm_jax.keys import named
 
 
+def to_unit(image) -> jax.Array:
+    """uint8 0..255 to float32 in [-1, 1] (Ho et al. 2020, section 3.3)."""
+    return jnp.asarray(image, jnp.float32) / 127.5 - 1
+
+
+def to_uint8(x) -> jax.Array:
+    """[-1, 1] to uint8 by rounding to the nearest level; values outside are clipped, never wrapped."""
+    return jnp.clip(jnp.round((x + 1) * 127.5), 0, 255).astype(jnp.uint8)
+
+
 def alpha_sigma(logsnr) -> tuple[jax.Array, jax.Array]:
     """Signal and noise level: alpha = sqrt(alphas_bar), sigma = sqrt(1 - alphas_bar). Clean data (+inf) gives 1, 0."""
     return jnp.sqrt(jax.nn.sigmoid(logsnr)), jnp.sqrt(jax.nn.sigmoid(-logsnr))

@@ -4,6 +4,7 @@ import difflib
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,13 +14,11 @@ import numpy as np
 
 from ddpm_jax import averages, conditioning, diffusion, editing, keys, likelihood, samplers, schedules, training
 from ddpm_jax.config import Config, from_json
-from ddpm_jax.data import Dataset, reorder_classes
 from ddpm_jax.errors import CheckpointError, ConfigError
 from ddpm_jax.networks import unet
 from ddpm_jax.options import replace
-from ddpm_jax.run import checkpoint
+from ddpm_jax.run import checkpoint, snapshots
 from ddpm_jax.run.files import expand
-from ddpm_jax.run.log import note
 from ddpm_jax.schedules.report import warn_of_signal
 
 
@@ -30,15 +29,20 @@ class Experiment(NamedTuple):
     parameterization: diffusion.Parameterization
     init: Callable  # key -> params
     net: Callable  # the bare network
+    image_net: Callable  # the network of (H, W, C): one that conditions on itself asks itself first
+    loss: Callable  # of one image, as diffusion.make_loss makes it
+    learning_rate: Callable  # the number of updates made before -> the learning rate
+    init_state: Callable  # (params=None) -> TrainState, of random parameters unless they are given
+    train_step: Callable  # (state, batch, root) -> state, metrics; still to be mapped over devices
     classes: tuple[str, ...] | None = None  # the names of the labels from 0 on; None where none are kept
     data: str | None = None  # the fingerprint of the data that it was trained on, where that is known
 
 
-def make(config: Config, shape: Sequence[int]) -> Experiment:
-    """The network and the process that `config` describes, for images of `shape` (H, W, C).
+def make(config: Config, shape: Sequence[int], network: tuple[Callable, Callable] | None = None) -> Experiment:
+    """The process, the network, its loss and its training that `config` describes, for images of `shape` (H, W, C).
 
-    Raises ConfigError for any name in it that does not exist or that does not go with another, and warns when x_T
-    keeps a part of the image.
+    network: (init, net) of one image in the place of the U-Net of config.model. Raises ConfigError for any name in the
+    config that does not exist or does not go with another, and warns when x_T keeps a part of the image.
     """
     names, shape = config.diffusion, tuple(shape)
     _check(config)
@@ -46,11 +50,42 @@ def make(config: Config, shape: Sequence[int]) -> Experiment:
         names.schedule, names.T, names.betas, names.zero_terminal_snr, max(shape[:2]), names.base_resolution
     )
     _check_signal(names, schedule)
-    init, net = unet.make_unet(
+    init, net = network or unet.make_unet(
         shape, names.variance == "learned", names.self_conditioning, schedule.time_scale, **vars(config.model)
     )
     parameterization = diffusion.PARAMETERIZATIONS[names.parameterization]
-    return Experiment(config, shape, schedule, parameterization, init, net)
+    image_net = net
+    if names.self_conditioning:
+        image_net = conditioning.self_conditioning(net, schedule, parameterization)
+    loss = _make_loss(config, schedule, parameterization, image_net)
+    training_parts = _make_training(config.train, config.data.flip, names.time_sampling, init, loss)
+    return Experiment(config, shape, schedule, parameterization, init, net, image_net, loss, *training_parts)
+
+
+def _make_loss(config, schedule, parameterization, net):
+    names, error = config.diffusion, diffusion.ERRORS[config.diffusion.error](parameterization)
+    if names.label_dropout:
+        net = conditioning.label_dropout(net, names.label_dropout, config.model.num_classes)
+    options = {"distance": diffusion.DISTANCES[names.distance]}
+    if names.variance == "learned":
+        options["extra"] = likelihood.make_variance_loss(schedule, error)
+    return diffusion.make_loss(net, schedule, error, diffusion.WEIGHTINGS[names.weighting], **options)
+
+
+def _make_training(config, flip, time_sampling, init, loss):
+    """(learning_rate, init_state, train_step) of the section train."""
+    learning_rate = training.warm_up(config.learning_rate, config.warmup_steps)
+    optimizer = training.make_optimizer(learning_rate, config.grad_clip)
+    options = {"time_sampling": training.TIME_SAMPLINGS[time_sampling], "lengths": config.averages}
+
+    def init_state(params=None):
+        params = init(keys.root(config.seed, "init")) if params is None else params
+        return training.init_state(params, optimizer, **options)
+
+    train_step = training.make_train_step(
+        loss, optimizer, config.ema_decay, flip=flip, accumulate=config.accumulate, **options
+    )
+    return learning_rate, jax.jit(init_state), train_step
 
 
 def _check(config):
@@ -126,12 +161,12 @@ def restore(workdir: Path, weights: str, step: int | None = None, which: int = 0
 
     def expect(meta):
         nonlocal parts
-        parts = make(from_json(json.dumps(meta["config"]), f"{folder}, meta"), meta["shape"])
-        classes = meta.get("classes")
-        parts = parts._replace(data=meta.get("data"), classes=None if classes is None else tuple(classes))
-        members = parts.config.train.ensemble
+        config, classes = from_json(json.dumps(meta["config"]), f"{folder}, meta"), meta.get("classes")
+        members = config.train.ensemble
         if which >= members:
             raise ConfigError(f"--member={which}, but {workdir} has {members} (0 to {members - 1})")
+        parts = make(member(config, which), meta["shape"])
+        parts = parts._replace(data=meta.get("data"), classes=None if classes is None else tuple(classes))
         one = params_shape(parts)
         add = (members,) if members > 1 else ()
         return {item: jax.tree.map(lambda x: jax.ShapeDtypeStruct(add + x.shape, x.dtype), one) for item in items}
@@ -139,20 +174,41 @@ def restore(workdir: Path, weights: str, step: int | None = None, which: int = 0
     meta, trees = checkpoint.load(folder, items, expect, step if items else None)
     if items:
         params = trees[items[0]]
-        if parts.config.train.ensemble > 1:
-            parts, params = member(parts, which), jax.tree.map(lambda x: x[which], params)
+        if meta["config"]["train"].get("ensemble", 1) > 1:
+            params = jax.tree.map(lambda x: x[which], params)
         return parts, params, meta["step"]
     template = params_shape(parts)
-    step = step or averages.stored(workdir / "averages")[-1][0]
-    return parts, averages.reconstruct(workdir / "averages", template, float(weights), step), step
+    step = step or snapshots.stored(workdir / "averages")[-1][0]
+    return parts, reconstruct(workdir / "averages", template, float(weights), step), step
 
 
-def member(experiment: Experiment, i: int) -> Experiment:
-    """The Experiment that member `i` of an ensemble is by itself."""
-    train = experiment.config.train
+def reconstruct(folder: Path, template: Any, sigma_rel: float, step: int | None = None) -> Any:
+    """The average of length `sigma_rel` at `step` (default: the last snapshot's), shaped and typed as `template`.
+
+    Warns when the stored snapshots give its weights with an error above a tenth. Raises ConfigError for a length or
+    step out of range, CheckpointError when there is no whole snapshot or one does not fit the template.
+    """
+    found = snapshots.stored(folder)
+    step = found[-1][0] if step is None else step
+    coefficients, error = averages.weights(found, step, sigma_rel)
+    if error > 0.1:
+        warnings.warn(
+            f"the average of sigma_rel={sigma_rel} at step {step} is only roughly known: {len(found)} snapshots give "
+            f"its weights with an error of {error:.0%}; take a length nearer to theirs or a step that has one, or save "
+            "them more often",
+            stacklevel=2,
+        )
+    return snapshots.combine(folder, dict(zip(found, coefficients, strict=True)), template)
+
+
+def member(config: Config, i: int) -> Config:
+    """The Config of the run that member `i` of an ensemble is by itself; that of a run without members is `config`."""
+    train = config.train
+    if train.ensemble == 1:
+        return config
     own = {"learning_rate": train.learning_rates[i]} if train.learning_rates else {"seed": train.seed + i}
     changes = {f"train.{name}": value for name, value in {"ensemble": 1, "learning_rates": (), **own}.items()}
-    return experiment._replace(config=replace(experiment.config, changes))
+    return replace(config, changes)
 
 
 def params_shape(experiment: Experiment) -> Any:
@@ -162,31 +218,6 @@ def params_shape(experiment: Experiment) -> Any:
 
 def parameter_count(experiment: Experiment) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params_shape(experiment)))
-
-
-def with_labels(dataset: Dataset, num_classes: int) -> Dataset:
-    """The data set with labels if the model has classes, and without if not."""
-    if not num_classes:
-        return dataset._replace(labels=None, classes=())
-    if dataset.labels is None:
-        raise ConfigError(f"model.num_classes={num_classes}, but the data have no labels; set it to 0")
-    if dataset.labels.max() >= num_classes or dataset.labels.min() < 0:
-        low, high = dataset.labels.min(), dataset.labels.max()
-        raise ConfigError(f"model.num_classes={num_classes}, but labels run from {low} to {high}")
-    return dataset
-
-
-def with_labels_of_run(dataset: Dataset, source: str, data: str | None, classes: Sequence[str] | None) -> Dataset:
-    """The Dataset of a data.source with its labels counted as in a run with that fingerprint and those class names.
-
-    A run from before the names were kept has those of a folder in byte order.
-    """
-    if classes is None and data and source.startswith("folder:"):
-        classes = sorted(dataset.classes, key=os.fsencode)
-    found = reorder_classes(dataset, classes or ())
-    if found.classes != dataset.classes:
-        note(f"the run counts its labels otherwise: {', '.join(found.classes[:5])}{', ...' * (len(found.classes) > 5)}")
-    return found
 
 
 def find_label(experiment: Experiment, wanted: str) -> int:
@@ -223,52 +254,6 @@ def labels_in_turn(experiment: Experiment, indices: np.ndarray) -> np.ndarray | 
     """A class for each index, all classes in turn; None for a model without."""
     classes = experiment.config.model.num_classes
     return indices % classes if classes else None
-
-
-def learning_rate(experiment: Experiment) -> Callable:
-    """The learning rate as a function of the number of updates made before."""
-    return training.warm_up(experiment.config.train.learning_rate, experiment.config.train.warmup_steps)
-
-
-def image_net(experiment: Experiment) -> Callable:
-    """The network of (H, W, C), one that conditions on itself asking itself first."""
-    if not experiment.config.diffusion.self_conditioning:
-        return experiment.net
-    return conditioning.self_conditioning(experiment.net, experiment.schedule, experiment.parameterization)
-
-
-def make_training(experiment: Experiment) -> tuple[Callable, Callable]:
-    """(init_state, train_step): init_state(params=None) -> TrainState, of random parameters unless they are given.
-
-    train_step is still to be mapped over devices.
-    """
-    config, names, schedule = experiment.config, experiment.config.diffusion, experiment.schedule
-    optimizer = training.make_optimizer(learning_rate(experiment), config.train.grad_clip)
-    parameterization = diffusion.ERRORS[names.error](experiment.parameterization)
-    net = image_net(experiment)
-    if names.label_dropout:
-        net = conditioning.label_dropout(net, names.label_dropout, config.model.num_classes)
-    options = {"distance": diffusion.DISTANCES[names.distance]}
-    if names.variance == "learned":
-        options["extra"] = likelihood.make_variance_loss(schedule, parameterization)
-    loss = diffusion.make_loss(net, schedule, parameterization, diffusion.WEIGHTINGS[names.weighting], **options)
-    time_sampling = training.TIME_SAMPLINGS[names.time_sampling]
-    step = training.make_train_step(
-        loss,
-        optimizer,
-        config.train.ema_decay,
-        flip=config.data.flip,
-        accumulate=config.train.accumulate,
-        time_sampling=time_sampling,
-        lengths=config.train.averages,
-    )
-    root = keys.root(config.train.seed, "init")
-
-    def init_state(params=None):
-        params = experiment.init(root) if params is None else params
-        return training.init_state(params, optimizer, time_sampling, config.train.averages)
-
-    return jax.jit(init_state), step
 
 
 def make_generate(

@@ -1,24 +1,12 @@
-"""Pictures: [-1, 1] and uint8, grids, PNG and GIF."""
+"""Pictures, uint8 arrays: grids, PNG and GIF."""
 
 import io
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
 from ddpm_jax.run.files import write_atomic
-
-
-def to_unit(image) -> jax.Array:
-    """uint8 0..255 to float32 in [-1, 1] (Ho et al. 2020, section 3.3)."""
-    return jnp.asarray(image, jnp.float32) / 127.5 - 1
-
-
-def to_uint8(x) -> jax.Array:
-    """[-1, 1] to uint8 by rounding to the nearest level; values outside are clipped, never wrapped."""
-    return jnp.clip(jnp.round((x + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
 
 def grid(images, columns: int | None = None, gap: int = 2) -> np.ndarray:

@@ -15,8 +15,7 @@ from jax import lax
 from jax.scipy.special import log_ndtr
 from jax.scipy.stats import norm
 
-from ddpm_jax.diffusion import VARIANCES, alpha_sigma, q_sample, reverse_variance
-from ddpm_jax.images import to_unit
+from ddpm_jax.diffusion import VARIANCES, alpha_sigma, q_sample, reverse_variance, to_unit
 from ddpm_jax.keys import named
 from ddpm_jax.samplers import Sampler, follow
 from ddpm_jax.schedules import Schedule

@@ -27,8 +27,8 @@ def make(parts: Experiment, dataset: data.Dataset) -> Program:
 
 def _single(parts, dataset):
     """Every device has the same state and its share of every batch."""
-    config, (init_state, train_step) = parts.config.train, experiment.make_training(parts)
-    rows, step = parallel.local_rows(config.batch_size), parallel.pmap_step(training.several_steps(train_step))
+    config = parts.config.train
+    rows, step = parallel.local_rows(config.batch_size), parallel.pmap_step(training.several_steps(parts.train_step))
 
     def batches(steps, again=0):
         made = (data.batch(dataset, config.seed, step, config.batch_size, rows, again) for step in steps)
@@ -37,7 +37,7 @@ def _single(parts, dataset):
     def all_steps(state, batches, again=0):
         return step(state, batches, _root(config.seed, again))
 
-    return Program(init_state, parallel.replicate, batches, all_steps)
+    return Program(parts.init_state, parallel.replicate, batches, all_steps)
 
 
 def _ensemble(parts, dataset):
@@ -46,11 +46,11 @@ def _ensemble(parts, dataset):
     All arrays have the members in front. Metrics are means over them, counters the largest; the loss is also told of
     each.
     """
-    config, (init_state, train_step) = parts.config.train, experiment.make_training(parts)
-    members = [experiment.member(parts, i).config.train for i in range(config.ensemble)]
+    config = parts.config.train
+    members = [experiment.member(parts.config, i).train for i in range(config.ensemble)]
     seeds = [member.seed for member in members]
     scales = np.float32([member.learning_rate for member in members]) / np.float32(config.learning_rate)
-    spread, place = parallel.spread(training.steps_of_members(train_step), config.ensemble)
+    spread, place = parallel.spread(training.steps_of_members(parts.train_step), config.ensemble)
 
     def step(state, batches, roots):
         state, metrics = spread(state, batches, roots, scales)
@@ -73,7 +73,7 @@ def _ensemble(parts, dataset):
 
     def init_states():
         params = jax.vmap(parts.init)(jnp.stack([keys.root(seed, "init") for seed in seeds]))
-        return jax.vmap(init_state)(params)
+        return jax.vmap(parts.init_state)(params)
 
     return Program(jax.jit(init_states), place, batches, all_steps)
 

@@ -17,9 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ddpm_jax.diffusion import VARIANCES, alpha_sigma, q_posterior, reverse_variance
+from ddpm_jax.diffusion import VARIANCES, alpha_sigma, q_posterior, reverse_variance, to_uint8
 from ddpm_jax.errors import ConfigError
-from ddpm_jax.images import to_uint8
 from ddpm_jax.keys import named
 from ddpm_jax.schedules import Schedule
 

@@ -11,8 +11,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from ddpm_jax import averages
-from ddpm_jax.diffusion import draw_u
-from ddpm_jax.images import to_unit
+from ddpm_jax.diffusion import draw_u, to_unit
 from ddpm_jax.keys import named
 
 

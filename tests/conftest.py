@@ -37,8 +37,10 @@ ROOT = Path(__file__).parent.parent
 STARTUP = ROOT / "tests" / "startup"  # what its file does, it does here and in every Python that a test starts
 PYTHONPATH = os.environ["PYTHONPATH"] = f"{ROOT}:{STARTUP}"
 
-# A job in the background of a script is started with Ctrl-C ignored, and so would be what the tests start.
+# A job in the background of a script is started with Ctrl-C ignored, one of nohup with SIGHUP, and so would be what the
+# tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 runpy.run_path(str(STARTUP / "sitecustomize.py"))
 
@@ -261,7 +263,7 @@ def make_run(folder, steps=(5,), scale=1.0, **changes):
         train=dataclasses.replace(Config().train, sample_steps=T),
     )
     parts = experiment.make(config, (4, 4, 1))
-    init_state, _ = experiment.make_training(parts)
+    init_state = parts.init_state
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(init_state))
     with checkpoint.open_manager(folder / "checkpoints") as manager:
         for step in steps:

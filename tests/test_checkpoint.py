@@ -15,6 +15,7 @@ import pytest
 
 from ddpm_jax import __version__, parallel, training
 from ddpm_jax.errors import CheckpointError, ConfigError, Diverged
+from ddpm_jax.run import __main__ as listing
 from ddpm_jax.run import checkpoint, trees
 
 
@@ -308,14 +309,14 @@ def test_leftovers_are_told_and_deleted_when_asked(folder, capsys):
     """Not while a run is writing there."""
     (folder / "40").mkdir()
     checkpoint.set_aside(folder, 20)
-    assert checkpoint.main([folder.parent]) == 0
+    assert listing.main([folder.parent]) == 0
     assert [line.split()[2] for line in capsys.readouterr().out.splitlines()[3:]] == ["30.aside,", "40,"]
     clean = [folder.parent, "--clean"]
     with open(folder.parent / "lock", "a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="is in use by another run"):
-            checkpoint.main(clean)
-    assert checkpoint.main(clean) == 0
+            listing.main(clean)
+    assert listing.main(clean) == 0
     assert sorted(os.listdir(folder)) == ["10", "20", "deleted"]
     assert restored_step(folder) == 20
 
@@ -361,16 +362,16 @@ def test_reading_leaves_the_folder_as_it_is(folder):
 
 
 def test_the_list_of_steps_tells_whole_from_damaged(folder, capsys):
-    assert checkpoint.main([folder.parent]) == 0
+    assert listing.main([folder.parent]) == 0
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[:3]] == ["10", "20", "30"]
     largest = max(data_files(folder), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 4
     largest.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"the newest checkpoint in .* cannot be used: "):
-        checkpoint.main([folder.parent])
+        listing.main([folder.parent])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("MB")[1].split()[0] for line in lines[:3]] == ["whole", "whole", "DAMAGED:"]
     assert lines[3].startswith("newest whole: step 20, skipped 2,")
     with pytest.raises(CheckpointError, match="there is no run in"):
-        checkpoint.main([folder / "nowhere"])
+        listing.main([folder / "nowhere"])

@@ -32,8 +32,7 @@ MODULES = [name for name in MODULES if not name.endswith("__main__")]
 COMMANDS = {  # as they are typed: the module that has their options
     **{f"{name}.py": f"ddpm_jax.commands.{name}" for name in ("train", "sample", "evaluate")},
     "-m ddpm_jax": "ddpm_jax.__main__",
-    **{f"-m ddpm_jax.{name}": f"ddpm_jax.{name}.__main__" for name in ("data", "plots", "schedules", "interop")},
-    "-m ddpm_jax.run.checkpoint": "ddpm_jax.run.checkpoint",
+    **{f"-m ddpm_jax.{name}": f"ddpm_jax.{name}.__main__" for name in ("data", "run", "plots", "schedules", "interop")},
     "-m benchmarks": "benchmarks.__main__",
     **{
         f"-m benchmarks.{name}": f"benchmarks.{name}"

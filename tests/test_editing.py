@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import editing, images, samplers, schedules
+from ddpm_jax import diffusion, editing, samplers, schedules
 
 MEAN, SPREAD = 0.2, 0.5
 
@@ -88,7 +88,7 @@ def test_reconstruction_returns_the_picture(name):
     schedule, _ = CASES[name]
     x_0 = jnp.clip(picture(), -1, 1)
     (found,) = generated(schedule, editing.reconstruct(schedule, x_0), 200, 1)
-    error = np.abs(found.astype(int) - np.asarray(images.to_uint8(x_0)).astype(int))
+    error = np.abs(found.astype(int) - np.asarray(diffusion.to_uint8(x_0)).astype(int))
     assert error.mean() < 2  # grey levels of 255
     assert error.max() <= 6
 
@@ -184,14 +184,14 @@ def test_one_repeat_is_the_plain_way():
 def test_known_pixels_are_kept_exactly(name):
     """By every sampler, whatever its memory; and what is painted is neither the known picture nor the mask."""
     schedule, _ = CASES["linear"]
-    known = images.to_unit(np.random.default_rng(0).integers(0, 256, (8, 8, 1)).astype(np.uint8))
+    known = diffusion.to_unit(np.random.default_rng(0).integers(0, 256, (8, 8, 1)).astype(np.uint8))
     mask = np.random.default_rng(1).random((8, 8, 1)) < 0.5
     edit = editing.inpaint(schedule, known, mask, 2, 2)
     name, *preview = name.split(" and ")
     wrap = samplers.with_preview if preview else lambda sampler: sampler
     (found,) = generated(schedule, edit, 6, 1, name, wrap=wrap)
-    np.testing.assert_array_equal(found[mask], images.to_uint8(known)[mask])
-    assert np.mean(found[~mask] != np.asarray(images.to_uint8(known))[~mask]) > 0.8
+    np.testing.assert_array_equal(found[mask], diffusion.to_uint8(known)[mask])
+    assert np.mean(found[~mask] != np.asarray(diffusion.to_uint8(known))[~mask]) > 0.8
 
 
 def test_a_step_up_has_the_forward_process_own_mean_and_variance():

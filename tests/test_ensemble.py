@@ -76,9 +76,9 @@ def test_members_with_their_own_scale_of_the_update(monkeypatch, platform):
 def test_a_member_is_a_config_of_its_own():
     config = options.replace(configs.Config(), {"train.ensemble": 2, "train.learning_rates": (1e-3, 1e-4)})
     parts = experiment.Experiment(config, *[None] * (len(experiment.Experiment._fields) - 1))
-    assert experiment.member(parts, 1).config == options.replace(configs.Config(), {"train.learning_rate": 1e-4})
+    assert experiment.member(parts.config, 1) == options.replace(configs.Config(), {"train.learning_rate": 1e-4})
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, learning_rates=(), seed=5))
-    assert experiment.member(parts._replace(config=config), 1).config.train.seed == 6
+    assert experiment.member(config, 1).train.seed == 6
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_one_step_reaches_every_parameter():
     """The labels', the variance's and those behind zeros too, after three steps; and the average's."""
     train = {"batch_size": 8, "averages": (0.1,), "warmup_steps": 0}
     parts = made(train, {"num_classes": 3}, **EVERYTHING)
-    init_state, step = experiment.make_training(parts)
+    init_state, step = parts.init_state, parts.train_step
     state = init_state()
     images = np.random.default_rng(0).integers(0, 256, (8, *SHAPE), np.uint8)
     batch = {"index": np.arange(8), "image": images, "label": np.arange(8) % 3}

@@ -24,7 +24,7 @@ from ddpm_jax.commands import train
 from ddpm_jax.errors import ConfigError, Diverged
 from ddpm_jax.run import files, signals
 
-MAINS = ["ddpm_jax.run.checkpoint", "ddpm_jax.commands.train", "ddpm_jax.commands.sample", "ddpm_jax.commands.evaluate"]
+MAINS = ["ddpm_jax.run.__main__", "ddpm_jax.commands.train", "ddpm_jax.commands.sample", "ddpm_jax.commands.evaluate"]
 MAINS += [f"ddpm_jax.{name}.__main__" for name in ("data", "plots", "schedules")]
 MAINS += ["benchmarks.__main__", *(f"benchmarks.{name}" for name in ("checkpoints", "ensemble", "maps", "peers"))]
 MAINS += [f"benchmarks.{name}" for name in ("samplers", "scale", "variants")]
@@ -158,7 +158,7 @@ def test_fault_87_other_processes_than_those_joined(monkeypatch, distributed, fi
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     monkeypatch.setattr(parallel, "gather", lambda text: [text] * 3)
-    monkeypatch.setattr(parallel, "make_agree", lambda: lambda code: code)
+    monkeypatch.setattr(parallel, "make_agreement", lambda: lambda code: code)
     wrong = pytest.raises(ConfigError, match=r"this process is already number 1 of 3; --distributed=.* needs a new one")
     with contextlib.nullcontext() if fits else wrong:
         parallel.start(16, distributed=distributed)
@@ -244,7 +244,7 @@ PLACES = {
     "ddpm_jax.data.__main__": ["npz:~/a.npz", "folder:~/a", "--data-dir=~/a", "--cache-dir=~/a", "--out=~/a.png"],
     "ddpm_jax.plots.__main__": ["~/a", "--out=~/a"],
     "ddpm_jax.schedules.__main__": ["--out=~/a.png"],
-    "ddpm_jax.run.checkpoint": ["~/a"],
+    "ddpm_jax.run.__main__": ["~/a"],
 }
 
 

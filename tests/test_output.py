@@ -196,7 +196,7 @@ def test_fault_76_every_command_without_a_reader(environment, tmp_path, redirect
         f"train.py {workdir} {model} --config.train.steps=3 --config.train.sample_num=2 --config.train.sample_steps=2",
         f"sample.py {workdir} --num=2 --steps=2",
         f"evaluate.py {workdir} --num=2 --steps=2",
-        f"-m ddpm_jax.run.checkpoint {tmp_path}/run",
+        f"-m ddpm_jax.run {tmp_path}/run",
         f"sample.py {workdir} --num=2",
     ]
     for command in commands:

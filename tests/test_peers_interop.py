@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from published import CIFAR10, OLD_SCHEDULER, PAPER_256, RELEASED, TRAIN_UNCONDITIONAL
 
-from ddpm_jax import diffusion, experiment, images, samplers
+from ddpm_jax import diffusion, experiment, samplers
 from ddpm_jax.interop import __main__ as interop
 from ddpm_jax.interop import layout, released, tensors
 
@@ -207,7 +207,7 @@ def test_a_pipeline_and_our_sampler_make_the_same_pictures(call, tmp_path, optio
         x = noises[0][i]
         for (t, s), noise in zip(itertools.pairwise(times), noises[1:], strict=True):
             x = step(x, t, s, noise[i])
-        assert np.abs(np.asarray(images.to_uint8(x)).astype(int) - made[0][i]).max() <= 1
+        assert np.abs(np.asarray(diffusion.to_uint8(x)).astype(int) - made[0][i]).max() <= 1
 
 
 def test_an_average_that_their_training_saved(tmp_path):

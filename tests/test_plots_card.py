@@ -15,7 +15,7 @@ from conftest import make_run
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from ddpm_jax import config, data, experiment, options
+from ddpm_jax import config, data, options
 from ddpm_jax.commands import evaluate, sample, train
 from ddpm_jax.plots import __main__ as plots
 from ddpm_jax.plots import album, card, records
@@ -73,7 +73,7 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("card") / ODD
     folder.mkdir()
     _, parts, _, _ = make_run(folder)
-    init_state, _ = experiment.make_training(parts)
+    init_state = parts.init_state
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(init_state))
     meta = {"config": dataclasses.asdict(parts.config), "shape": parts.shape}
     with checkpoint.open_manager(folder / "checkpoints") as manager:

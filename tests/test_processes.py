@@ -212,16 +212,16 @@ def main(argv):
     global me
     parallel.start(4, distributed="PLACE", cpu_devices=2, heartbeat=10)
     me = 1 - parallel.is_first()
-    with parallel.among_others(2), signals.caught():
-        agree = parallel.make_agree()
+    with parallel.exit_with_others(2), signals.caught():
+        agree = parallel.make_agreement()
         time.sleep({wait} * (1 - me))
         agreed = [agree(None)]
         print(ascii(parallel.gather("")), ascii(parallel.gather("ä€" * me)))
         print(agreed + [agree(code) for code in ((75, None, None), (130, None, None))[me]])
-        print(parallel.together(lambda: me))
+        print(parallel.on_all_processes(lambda: me))
         for process, kind in enumerate((errors.ConfigError, errors.CheckpointError, Own, Further)):
             try:
-                parallel.together(lambda: fail(kind, process % 2))
+                parallel.on_all_processes(lambda: fail(kind, process % 2))
             except errors.UserError as error:
                 print(type(error).__name__, error.exit_code, ascii(str(error)))
         sys.stdout.flush()

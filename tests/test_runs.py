@@ -25,7 +25,7 @@ DATA = "11x4x4x1-00000000"
 def begun(tmp_path):
     """(folder, Experiment, template) of a run with the steps 5 and 10, as train.py writes them."""
     _, parts, _, _ = make_run(tmp_path, steps=())
-    template = jax.eval_shape(experiment.make_training(parts)[0])
+    template = jax.eval_shape(parts.init_state)
     entries = {"config": dataclasses.asdict(parts.config), "shape": parts.shape, "data": DATA}
     entries |= {"devices": run_folder.parallel.describe(), "rollbacks": 0, "window": []}
     (tmp_path / "checkpoints").mkdir(exist_ok=True)
@@ -110,7 +110,7 @@ def test_fault_40_another_network_is_refused_with_the_key_that_differs(begun):
     """Also when the change was allowed; nothing of the run is changed by the attempt."""
     folder, parts, _ = begun
     wide = experiment.make(configs.replace(parts.config, {"model.channels": 8}), parts.shape)
-    template = jax.eval_shape(experiment.make_training(wide)[0])
+    template = jax.eval_shape(wide.init_state)
     with pytest.raises(
         CheckpointError, match=r"conv_in.*and .* more; of the config, model/channels is 4 there, 8 here"
     ):

@@ -17,10 +17,10 @@ import pytest
 from conftest import ROOT, T, make_run
 from PIL import Image
 
-from ddpm_jax import averages, experiment, schedules
+from ddpm_jax import experiment, schedules
 from ddpm_jax.commands import evaluate, sample
 from ddpm_jax.errors import CheckpointError, ConfigError
-from ddpm_jax.run import checkpoint
+from ddpm_jax.run import checkpoint, snapshots
 
 OUTPUTS = ["denoising.gif", "grid.png", "image_000000.png", "image_000001.png", "samples.npz"]
 
@@ -323,7 +323,7 @@ def test_fault_37_averages_of_pickles_execute_nothing(tmp_path, canary, kind):
     else:
         np.savez(file, **{"crc32": np.uint32(0), "0.1/a": np.array([canary], dtype=object)})
     with pytest.warns(UserWarning, match="averages left out"), pytest.raises(CheckpointError, match="no averages"):
-        averages.stored(tmp_path)
+        snapshots.stored(tmp_path)
     assert not os.path.exists(canary.path)
 
 
@@ -335,7 +335,7 @@ MODULES = ("sitecustomize", "usercustomize", "conftest", "__init__", "__main__",
     [
         "sample.py --workdir=RUN --num=2 --steps=1",
         pytest.param("evaluate.py --workdir=RUN --num=2 --steps=1 --metrics=mse", marks=pytest.mark.faults),
-        pytest.param("-m ddpm_jax.run.checkpoint RUN", marks=pytest.mark.faults),
+        pytest.param("-m ddpm_jax.run RUN", marks=pytest.mark.faults),
     ],
 )
 def test_fault_37_code_in_the_folder_of_a_run_is_not_run(two, script, tmp_path, canary, command):

@@ -33,17 +33,16 @@ def dry_run(config, say):
     parts, batch = made_up(config)
     describe(parts, say)
     batch = parallel.shard(jax.tree.map(lambda x: x[parallel.local_rows(len(x))], batch))
-    init_state, train_step = experiment.make_training(parts)
     root = keys.root(config.train.seed, "train")
     if compiles_slowly(parts):
         say("XLA would compile this network's minimal filtering for a CPU for more than a quarter of an hour;")
         say("compiled here are direct convolutions in its place, and the memory told is theirs")
         with convolutions.direct_only():
-            _compile(parallel.pmap_step(train_step), jax.eval_shape(init_state), batch, root, say)
+            _compile(parallel.pmap_step(parts.train_step), jax.eval_shape(parts.init_state), batch, root, say)
         say("dry run done without a step, nothing written")
         return
-    state = parallel.replicate(init_state())
-    compiled = _compile(parallel.pmap_step(train_step), state, batch, root, say)
+    state = parallel.replicate(parts.init_state())
+    compiled = _compile(parallel.pmap_step(parts.train_step), state, batch, root, say)
     clock = time.monotonic()
     loss = compiled(state, batch, root)[1]["loss"].item()
     say(f"one step took {time.monotonic() - clock:.2f} s, loss {loss:.4f}; dry run done, nothing written")
@@ -60,12 +59,11 @@ def for_topology(config, devices, say):
     """Compile the step for `devices` that are not here, and tell what it takes of each and what it cannot beat."""
     parts, batch = made_up(config)
     describe(parts, say)
-    init_state, train_step = experiment.make_training(parts)
-    state, root = jax.eval_shape(init_state), jax.eval_shape(lambda: keys.root(config.train.seed, "train"))
+    state, root = jax.eval_shape(parts.init_state), jax.eval_shape(lambda: keys.root(config.train.seed, "train"))
     batch = jax.eval_shape(lambda: jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), batch))
     # With more effort the compiler searches for minutes for the best shape of each convolution.
     jax.config.update("jax_optimization_level", "O0")
-    compiled = _compile(parallel.pmap_step(train_step, devices), state, batch, root, say)
+    compiled = _compile(parallel.pmap_step(parts.train_step, devices), state, batch, root, say)
     held, once = compiled.memory_analysis(), compiled.cost_analysis()
     # XLA counts the loop over micro-batches once; around it is the update, which reads and writes the state.
     turns, update = config.train.accumulate, 2 * held.argument_size_in_bytes

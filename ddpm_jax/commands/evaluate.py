@@ -179,7 +179,7 @@ def load(args, config, shape, parts=None):
 
     Raises ConfigError unless its images have that shape, and are those of the run, if there is one and no --split.
     """
-    from ddpm_jax import data, experiment
+    from ddpm_jax import data
 
     if args.split not in ("", type(config).split) and config.source.startswith("npz:"):
         raise errors.ConfigError(f"--split={args.split}, but data.source={config.source} has no splits")
@@ -190,8 +190,8 @@ def load(args, config, shape, parts=None):
         raise errors.ConfigError(f"the data have images of {there}, {whose} {here}")
     if parts is None:
         return dataset
-    dataset = experiment.with_labels(dataset, parts.config.model.num_classes)
-    dataset = experiment.with_labels_of_run(dataset, config.source, parts.data, parts.classes)
+    dataset = data.with_labels(dataset, parts.config.model.num_classes)
+    dataset = data.with_labels_of_run(dataset, config.source, parts.data, parts.classes)
     found = data.fingerprint(dataset)
     if parts.data not in (None, found) and not (args.split or args.other_data):
         raise errors.ConfigError(

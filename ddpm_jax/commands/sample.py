@@ -13,7 +13,7 @@ import warnings
 import zlib
 from pathlib import Path
 
-from ddpm_jax import commands, errors, options
+from ddpm_jax import commands, diffusion, errors, options
 from ddpm_jax.run import log
 from ddpm_jax.run.files import expand, write_atomic
 
@@ -267,11 +267,11 @@ def read(path, shape, value_range=()):
 
     value_range: that of the run's data.
     """
-    from ddpm_jax import data, images
+    from ddpm_jax import data
 
     try:
         height, width = data.read(expand(path), (), shape[-1], value_range).shape[:2]
-        picture = images.to_unit(data.read(expand(path), shape[:2], shape[-1], value_range))
+        picture = diffusion.to_unit(data.read(expand(path), shape[:2], shape[-1], value_range))
     except Exception as error:  # Pillow raises whatever a broken file brings about
         raise errors.DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     scale = min(height / shape[0], width / shape[1])

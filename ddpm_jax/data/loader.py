@@ -5,7 +5,7 @@ import contextlib
 import functools
 import mmap
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -31,15 +31,6 @@ def fingerprint(dataset: Dataset) -> str:
         for row in index:
             crc = zlib.crc32(np.ascontiguousarray(images[row]), crc)
     return f"{'x'.join(map(str, images.shape))}-{crc:08x}"
-
-
-def reorder_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
-    """The Dataset with its labels counted in the order of `classes`; as it is where its classes have other names."""
-    if not classes or sorted(classes) != sorted(dataset.classes) or dataset.labels is None:
-        return dataset
-    place = {name: i for i, name in enumerate(classes)}
-    labels = np.array([place[name] for name in dataset.classes], np.int32)[dataset.labels]
-    return dataset._replace(labels=labels, classes=tuple(classes))
 
 
 @contextlib.contextmanager

@@ -9,7 +9,8 @@ import numpy as np
 
 from ddpm_jax.config import Data
 from ddpm_jax.data.intake import SUFFIXES, find, fit_array, is_picture, read_frames
-from ddpm_jax.data.loader import Dataset, reorder_classes
+from ddpm_jax.data.labels import reorder_classes
+from ddpm_jax.data.loader import Dataset
 from ddpm_jax.data.maps import decode, digest
 from ddpm_jax.data.records import from_digits, from_tfds
 from ddpm_jax.errors import DataError, first_line

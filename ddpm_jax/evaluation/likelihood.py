@@ -6,7 +6,7 @@ import time
 import jax
 import numpy as np
 
-from ddpm_jax import diffusion, experiment, images, keys, likelihood, parallel
+from ddpm_jax import diffusion, keys, likelihood, parallel
 from ddpm_jax.errors import ConfigError, Diverged
 from ddpm_jax.schedules.report import warn_of_start
 
@@ -50,7 +50,7 @@ def make_plan(parts, metrics, steps=0, spacing="trailing", ode_steps=100, decode
 def make_measure(parts, plan):
     """measure(params, root, row) -> {"index", and of each image what the metrics ask for}."""
     schedule, metrics, bound, ode = parts.schedule, plan["metrics"], plan["bound"], plan["ode"]
-    net, limit = experiment.image_net(parts), diffusion.LIMITS[bound["limit"]]
+    net, limit = parts.image_net, diffusion.LIMITS[bound["limit"]]
 
     def measure(params, root, row):
         predict = diffusion.make_denoiser_with_variance(net, schedule, parts.parameterization, params, row.get("label"))
@@ -64,7 +64,7 @@ def make_measure(parts, plan):
                 predict if bound["variance"] == "learned" else denoise,
                 schedule,
                 bound["times"],
-                images.to_unit(row["image"]),
+                diffusion.to_unit(row["image"]),
                 key,
                 bound["variance"],
                 bound["decoder"],

@@ -83,14 +83,14 @@ def import_run(args, path, argv):
 
 def write_run(parts, params, workdir, argv=()):
     """A run whose one checkpoint, of step 0, has `params`, them also as their average, and a fresh optimiser."""
-    from ddpm_jax import experiment, parallel
+    from ddpm_jax import parallel
     from ddpm_jax.run import checkpoint
     from ddpm_jax.run import folder as run_folder
 
     with run_folder.claim(workdir):
         for path in (workdir / name for name in RUN):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        state = experiment.make_training(parts)[0](params)
+        state = parts.init_state(params)
         meta = {"config": dataclasses.asdict(parts.config), "shape": parts.shape, "data": None}
         meta |= {"devices": parallel.describe(), "window": [], "rollbacks": 0, "branch": None}
         with checkpoint.open_manager(workdir / "checkpoints") as manager:

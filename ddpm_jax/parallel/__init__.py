@@ -1,38 +1,38 @@
-"""Devices and processes."""
+"""Devices and processes; the only rooms that know of them.
 
-from ddpm_jax.parallel.devices import (
-    among_others,
+devices.py chooses and describes the devices, launch.py joins the other processes, steps.py runs functions over the
+devices, pods.py keeps the processes together.
+"""
+
+from ddpm_jax.parallel.devices import describe, memory_for, start, topology
+from ddpm_jax.parallel.pods import exit_with_others, gather, is_first, make_agreement, on_all_processes
+from ddpm_jax.parallel.steps import (
+    AXIS,
     check_batch_size,
-    describe,
-    gather,
     generate_batches,
-    is_first,
     local_rows,
-    make_agree,
     measure_batches,
-    memory_for,
     pmap_generate,
     pmap_rows,
     pmap_step,
     replicate,
     shard,
     spread,
-    start,
-    together,
-    topology,
 )
 
 __all__ = [
-    "among_others",
+    "AXIS",
     "check_batch_size",
     "describe",
+    "exit_with_others",
     "gather",
     "generate_batches",
     "is_first",
     "local_rows",
-    "make_agree",
+    "make_agreement",
     "measure_batches",
     "memory_for",
+    "on_all_processes",
     "pmap_generate",
     "pmap_rows",
     "pmap_step",
@@ -40,6 +40,5 @@ __all__ = [
     "shard",
     "spread",
     "start",
-    "together",
     "topology",
 ]

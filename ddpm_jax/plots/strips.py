@@ -6,7 +6,8 @@ import jax
 import numpy as np
 
 from ddpm_jax import diffusion, keys, program
-from ddpm_jax.images import encode_gif, grid, to_uint8, to_unit
+from ddpm_jax.diffusion import to_uint8, to_unit
+from ddpm_jax.images import encode_gif, grid
 from ddpm_jax.plots import figures
 from ddpm_jax.schedules import ContinuousSchedule
 

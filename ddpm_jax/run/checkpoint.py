@@ -1,22 +1,16 @@
-"""Checkpoints; no other file knows Orbax.
+"""Checkpoints; the only file that knows Orbax.
 
 A step is a folder with an item for each part of the TrainState and meta (JSON: counters, config, digests, versions).
 It counts once its commit marker is written, so a crash while saving leaves the step before. Orbax does not notice
 damaged array data, so each item has a checksum of our own, and a damaged step gives way to the one before it.
-
-    python -m ddpm_jax.run.checkpoint runs/digits [--clean]
-
-lists the steps of a run, each read in full and compared with its checksums.
 """
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import os
 import re
 import shutil
-import sys
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -26,14 +20,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from flax import serialization
 
-from ddpm_jax import __version__, options, parallel
+from ddpm_jax import __version__, parallel
 from ddpm_jax.environment import YNN_FLAG
-from ddpm_jax.errors import CheckpointError, Diverged, UserError, run, writing
+from ddpm_jax.errors import CheckpointError, Diverged, UserError
 from ddpm_jax.run import trees
-from ddpm_jax.run.files import expand, lock
-from ddpm_jax.run.log import quiet, without_warnings_of_absl
+from ddpm_jax.run.log import without_warnings_of_absl
 
 ARRAYS = ("params", "ema_params", "opt_state", "times", "averages")  # those that are empty are left out
 COUNTERS = ("step", "skipped", "skipped_in_row")
@@ -82,6 +74,11 @@ def trash(folder):
     return list((Path(folder) / TRASH).glob("*"))
 
 
+def leftovers(folder):
+    """What no run reads: steps set aside, and those whose writing was cut off."""
+    return sorted([*Path(folder).glob(f"*{ASIDE}*"), *unfinished(folder)])
+
+
 def delete(paths):
     for path in paths:
         shutil.rmtree(path, ignore_errors=True)
@@ -113,7 +110,7 @@ def save(manager, state, **meta):
     already there are untouched then.
     """
     step = int(np.max(state.step))  # one for all members of an ensemble
-    items = {name: serialization.to_state_dict(getattr(state, name)) for name in _used(state)}
+    items = {name: trees.nested(getattr(state, name)) for name in _used(state)}
     with ThreadPoolExecutor() as pool:  # copies and checksums free the interpreter, so that the cores share them
         leaves, structure = jax.tree.flatten(jax.device_get(items))
         items = jax.tree.unflatten(structure, pool.map(lambda leaf: np.array(leaf).view(_Own), leaves))
@@ -128,9 +125,9 @@ def save(manager, state, **meta):
     meta["digests"] = digests | {"meta": _digest_meta(meta)}
     if parallel.is_first():
         delete(trash(manager.directory))
-    parallel.together(lambda: _check_room(manager.directory, step, 1.1 * size))
+    parallel.on_all_processes(lambda: _check_room(manager.directory, step, 1.1 * size))
     arrays = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
-    parallel.together(lambda: _start(manager, step, ocp.args.Composite(meta=ocp.args.JsonSave(meta), **arrays)))
+    parallel.on_all_processes(lambda: _start(manager, step, ocp.args.Composite(meta=ocp.args.JsonSave(meta), **arrays)))
 
 
 def _start(manager, step, args):
@@ -204,7 +201,7 @@ def make_keeper(manager, patience=3):
         try:
             save(manager, state, **meta)
             if last:
-                parallel.together(lambda: finish(manager))
+                parallel.on_all_processes(lambda: finish(manager))
         except CheckpointError as error:
             if last:
                 raise
@@ -306,7 +303,7 @@ def _compare(where, found, expected, why):
     """Raise CheckpointError naming up to ten arrays that differ in name, shape or type."""
 
     def described(items):
-        leaves = trees.flat(serialization.to_state_dict(items))
+        leaves = trees.flat(trees.nested(items))
         return {name: f"{np.dtype(leaf.dtype)}{list(leaf.shape)}" for name, leaf in leaves.items()}
 
     differ = trees.differences(described(found), described(expected), "{}: {} there, {} in the model")
@@ -323,7 +320,7 @@ def restore_state(folder, template, step=None, config=None):
     """
     expected = {name: getattr(template, name) for name in _used(template)}
     meta, items = load(folder, list(expected), lambda meta: expected, step, config)
-    parts = {name: serialization.from_state_dict(tree, items[name]) for name, tree in expected.items()}
+    parts = {name: trees.like(tree, items[name]) for name, tree in expected.items()}
     counters = {name: np.int32(np.broadcast_to(meta[name], getattr(template, name).shape)) for name in COUNTERS}
     return template._replace(**parts, **counters), meta
 
@@ -336,51 +333,3 @@ def versions() -> dict[str, str]:
     if fusions:  # without it, XLA's default of that version
         flags[YNN_FLAG.lstrip("-")] = fusions[1]
     return {"ddpm_jax": __version__} | {name: metadata.version(name) for name in names} | flags
-
-
-@dataclasses.dataclass(frozen=True)
-class Args(options.Arguments):
-    workdir: str = options.option("", "folder of the run")
-    clean: bool = options.option(False, "delete steps that were set aside (N.aside) or never finished")
-    debug: bool = options.option(False, "show tracebacks")
-
-
-@quiet()
-def main(argv=None):
-    """List the steps of the run that the command line names; exit code 4 unless the newest is whole."""
-    argv = options.first_named(options.words(argv), "workdir")
-    args = options.parse(Args, argv, "-m ddpm_jax.run.checkpoint RUN", __doc__)
-    workdir = expand(args.workdir)
-    folder = workdir / "checkpoints"
-    if not args.workdir or not folder.is_dir():
-        raise CheckpointError(f"there is no run in {args.workdir!r}; python -m ddpm_jax.run.checkpoint runs/digits")
-    if args.clean:
-        with writing(f"{workdir}"):
-            held = lock(workdir)  # not while a run is writing there
-        with held:
-            delete(leftovers(folder))
-    fault, meta = "there is none", None
-    for step, found, fault in verify(folder):
-        print(f"step {step:>9,}  {_size(folder / str(step)):>10,.1f} MB  {f'DAMAGED: {fault}' if fault else 'whole'}")
-        meta = meta if fault else found
-    if meta:
-        plain = {name: value for name, value in meta.items() if isinstance(value, (int, str))} | meta["versions"]
-        print("newest whole: " + ", ".join(f"{name} {value}" for name, value in plain.items()))
-    for path in leftovers(folder):
-        print(f"left over: {path.name}, {_size(path):,.1f} MB; --clean deletes it")
-    if fault:
-        raise CheckpointError(f"the newest checkpoint in {folder} cannot be used: {fault}")
-    return 0
-
-
-def leftovers(folder):
-    """What no run reads: steps set aside, and those whose writing was cut off."""
-    return sorted([*Path(folder).glob(f"*{ASIDE}*"), *unfinished(folder)])
-
-
-def _size(path):
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 1e6
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

@@ -136,10 +136,10 @@ def resume(parts, template, data, workdir, step=None, allowed=()):
     Later steps are set aside.
     """
     folder = workdir / "checkpoints"
-    if step is not None and parallel.together(lambda: checkpoint.load(folder, [])[0]).get("branch") == step:
+    if step is not None and parallel.on_all_processes(lambda: checkpoint.load(folder, [])[0]).get("branch") == step:
         step = None
     config = json.loads(configs.to_json(parts.config))
-    state, meta = parallel.together(lambda: checkpoint.restore_state(folder, template, step, config))
+    state, meta = parallel.on_all_processes(lambda: checkpoint.restore_state(folder, template, step, config))
     read = [json.loads(text) for text in parallel.gather(json.dumps([meta["step"], meta["digests"]]))]
     if any(other != read[0] for other in read):
         raise CheckpointError(

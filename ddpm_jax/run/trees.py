@@ -1,4 +1,4 @@
-"""Names, differences and checksums of the leaves of a tree."""
+"""Names, differences and checksums of the leaves of a tree, and its form in a checkpoint."""
 
 import zlib
 
@@ -15,6 +15,24 @@ def flat(tree):
     """{name: leaf} of the leaves of nested dicts, everything else counting as a leaf."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: not isinstance(node, dict))
     return {name(path): leaf for path, leaf in leaves}
+
+
+def nested(tree):
+    """The leaves of any tree in nested dicts by the parts of their names, as they lie in a checkpoint."""
+    root = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        *parents, last = name(path).split("/")
+        node = root
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return root
+
+
+def like(template, tree):
+    """The leaves of nested dicts in the structure of `template`: the inverse of `nested`."""
+    leaves = flat(tree)
+    return jax.tree_util.tree_map_with_path(lambda path, _: leaves[name(path)], template)
 
 
 def differences(one, other, text):

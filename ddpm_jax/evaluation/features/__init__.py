@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ddpm_jax import images, parallel
+from ddpm_jax import diffusion, parallel
 from ddpm_jax.errors import CheckpointError, ConfigError
 from ddpm_jax.evaluation.features import enl0, inception, torchfile
 from ddpm_jax.run.files import expand
@@ -23,7 +23,7 @@ class Extractor(NamedTuple):
 
 
 def _flat(params, image):
-    return images.to_unit(image).reshape(-1)
+    return diffusion.to_unit(image).reshape(-1)
 
 
 def _load_pixels(file):
