@@ -1,16 +1,19 @@
 """What training does beside its steps: actions that are due every so often, and the metrics between two log lines."""
 
 import contextlib
+import functools
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
-from ddpm_jax import errors, parallel, training
-from ddpm_jax.run import log, snapshots
+from ddpm_jax import data, errors, parallel, training
+from ddpm_jax.commands import recovery
+from ddpm_jax.run import boards, checkpoint, log, profiling, snapshots
 
 
 class Action(NamedTuple):
@@ -92,7 +95,63 @@ def _on_host(metrics):
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def make_actions(run, start, metrics, timer, writer, keep):
+class Tools(NamedTuple):
+    """What the steps of a run need beside its program."""
+
+    batches: Iterator  # of (number of steps, their batches), made ahead
+    profile: Callable  # (step, state), before each step
+    agree: Callable  # (exit code or None) -> that of all processes
+    metrics: Metrics
+    timer: StepTimer
+    actions: list[Action]
+    keep: Callable  # () reports a save that failed in the background
+    writer: log.Log
+
+
+@contextlib.contextmanager
+def open_tools(run, start, first):
+    """The Tools for the steps from `first` on, closed in the opposite order."""
+    config = run.parts.config.train
+    with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(_open_log(run, start.state, first))
+        manager = checkpoint.open_manager(run.workdir / "checkpoints", config.keep, config.keep_every)
+        stack.callback(checkpoint.close, manager)
+        batches = stack.enter_context(contextlib.closing(_prefetch(run.program, config, first, start.rollbacks)))
+        profile = stack.enter_context(profiling.profiler(run.span, run.workdir / "profile", run.say))
+        stack.enter_context(parallel.exit_with_others())  # before the others are waited for in closing
+        keep, timer = checkpoint.make_keeper(manager), StepTimer(first)
+        check = functools.partial(recovery.check_finite, config=config, manager=manager)
+        metrics = Metrics(first, start.window, check)
+        actions = _make_actions(run, start, metrics, timer, writer, keep)
+        yield Tools(batches, profile, parallel.make_agreement(), metrics, timer, actions, keep, writer)
+
+
+@contextlib.contextmanager
+def _open_log(run, state, first):
+    """The Log of the first process from the step `first` on; the others say nothing."""
+    writer = log.SILENT
+    if parallel.is_first():
+        snapshots.drop_after(run.workdir / "averages", first - int(np.max(state.skipped)))
+        with errors.writing(f"--workdir={run.workdir}"):
+            shown = boards.open_boards(run.workdir, first, run.args.wandb, run.meta["config"])
+            writer = log.open_log(run.workdir, first, run.parts.config.train.steps, shown)
+    try:
+        yield writer
+    finally:
+        writer.close()
+
+
+def _prefetch(program, config, first, rollbacks):
+    last, per_call = config.steps, config.steps_per_call
+
+    def make_batches(call):
+        steps = range(max(first, call * per_call), min(last, (call + 1) * per_call))
+        return len(steps), program.batches(steps, rollbacks)
+
+    return data.prefetch(make_batches, first // per_call, -(-last // per_call))
+
+
+def _make_actions(run, start, metrics, timer, writer, keep):
     """The Actions of a run in the order in which they are taken."""
     config = run.parts.config.train
     meta = run.meta | {"rollbacks": start.rollbacks, "branch": start.branch}

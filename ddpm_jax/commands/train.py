@@ -5,7 +5,6 @@ The same command again resumes. Everything of the run is in its folder; sampling
 
 import contextlib
 import dataclasses
-import functools
 import re
 import time
 from collections.abc import Callable
@@ -175,6 +174,7 @@ class Run(NamedTuple):
     """What a run is made of; none of it changes from step to step."""
 
     args: Args
+    span: tuple[int, int]  # of the steps to trace
     parts: Any  # experiment.Experiment
     program: Any  # program.Program
     workdir: Path
@@ -202,7 +202,7 @@ def train(args, parts, dataset, fingerprint, workdir, stop_requested, say, argv)
         write_grid = progress.make_grid_writer(parts, workdir, keep_alive)
         evaluate = progress.make_evaluator(parts, dataset, keep_alive, say)
         made = program.make(parts, dataset)
-        run = Run(args, parts, made, workdir, meta, stop_requested, keep_alive, write_grid, evaluate, say)
+        run = Run(args, span(args), parts, made, workdir, meta, stop_requested, keep_alive, write_grid, evaluate, say)
         start = recovery.start(run, args.step or None)
         parallel.on_all_processes(lambda: parallel.is_first() and run_folder.record(workdir, parts.config, argv))
         say("compiling the training step")
@@ -214,86 +214,39 @@ def train(args, parts, dataset, fingerprint, workdir, stop_requested, say, argv)
 
 
 def take_steps(run, start):
-    """Every step of Algorithm 1 from `start` on, and the actions that are due after it; the exit code."""
+    """Every step of Algorithm 1 from `start` on, each followed by the actions that are due; the exit code."""
     import jax
     import numpy as np
 
-    from ddpm_jax import parallel
-    from ddpm_jax.commands import actions, recovery
-    from ddpm_jax.run import checkpoint, profiling
+    from ddpm_jax.commands import actions
 
-    config, begun = run.parts.config.train, time.monotonic()
-    first, last, code = int(np.max(start.state.step)), config.steps, None
-    state, step = run.program.place(start.state), first
-    with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(open_log(run, start.state))
-        manager = checkpoint.open_manager(run.workdir / "checkpoints", config.keep, config.keep_every)
-        stack.callback(checkpoint.close, manager)
-        batches = stack.enter_context(contextlib.closing(prefetched(run.program, config, first, start.rollbacks)))
-        profile = stack.enter_context(profiling.profiler(span(run.args), run.workdir / "profile", run.say))
-        stack.enter_context(parallel.exit_with_others())  # before the others are waited for in closing
-
-        keep, agree = checkpoint.make_keeper(manager), parallel.make_agreement()
-        timer = actions.StepTimer(first)
-        check = functools.partial(recovery.check_finite, config=config, manager=manager)
-        metrics = actions.Metrics(first, start.window, check)
-        periodic = actions.make_actions(run, start, metrics, timer, writer, keep)
-        while step < last and code is None:
-            with timer.working():
-                with timer.waiting():
-                    taken, batch = next(batches)
-                profile(step, state)
-                state, found = run.program.step(state, batch, start.rollbacks)
+    config, first = run.parts.config.train, int(np.max(start.state.step))
+    state, step, code = run.program.place(start.state), first, None
+    with actions.open_tools(run, start, first) as tools:
+        begun = time.monotonic()
+        while step < config.steps and code is None:
+            with tools.timer.working():
+                with tools.timer.waiting():
+                    taken, batch = next(tools.batches)
+                tools.profile(step, state)
+                state, metrics = run.program.step(state, batch, start.rollbacks)
                 step += taken
-                code = agree(run.stop_requested())
-                due = [action for action in periodic if action.is_due(step, last, code is not None)]
-                metrics.add(found, read_all=bool(due))
-            writer.advance(step)
+                code = tools.agree(run.stop_requested())
+                due = [action for action in tools.actions if action.is_due(step, config.steps, code is not None)]
+                tools.metrics.add(metrics, read_all=bool(due))
+            tools.writer.advance(step)
             if step == first + taken:
-                jax.block_until_ready(found)
+                jax.block_until_ready(metrics)
                 run.say(f"first step, compilation included: {time.monotonic() - begun:.1f} s")
-                timer.reset(step)
+                tools.timer.reset(step)
             run.keep_alive()
-            keep()  # reports a save that has failed in the background
+            tools.keep()  # reports a save that has failed in the background
             for action in due:
-                action(step, state, ending=step == last or code is not None)
+                action(step, state, ending=step == config.steps or code is not None)
     if code is not None:
         run.say(f"stopped by a signal; step {step:,} is saved and the same command goes on from it")
         return code
-    took, samples = log.clock(time.monotonic() - begun), run.workdir / "samples"
-    run.say(f"finished step {last:,} in {took}, loss {metrics.last['loss']:.4f}; samples: {samples}")
+    took, loss = log.clock(time.monotonic() - begun), tools.metrics.last["loss"]
+    run.say(f"finished step {step:,} in {took}, loss {loss:.4f}; samples: {run.workdir / 'samples'}")
     run.say(f"more samples: python {commands.spelled('sample')} --workdir={run.workdir}")
     return 0
-
-
-@contextlib.contextmanager
-def open_log(run, state):
-    """The Log of the first process, from the step of `state` on; the others say nothing."""
-    import numpy as np
-
-    from ddpm_jax import parallel
-    from ddpm_jax.run import boards, snapshots
-
-    writer, step = log.SILENT, int(np.max(state.step))
-    if parallel.is_first():
-        snapshots.drop_after(run.workdir / "averages", step - int(np.max(state.skipped)))
-        with errors.writing(f"--workdir={run.workdir}"):
-            shown = boards.open_boards(run.workdir, step, run.args.wandb, run.meta["config"])
-            writer = log.open_log(run.workdir, step, run.parts.config.train.steps, shown)
-    try:
-        yield writer
-    finally:
-        writer.close()
-
-
-def prefetched(program, config, first, rollbacks):
-    """(number of steps, batches) of each call of the training step from the step `first` on, made ahead of it."""
-    from ddpm_jax import data
-
-    last, per_call = config.steps, config.steps_per_call
-
-    def make_batches(call):
-        steps = range(max(first, call * per_call), min(last, (call + 1) * per_call))
-        return len(steps), program.batches(steps, rollbacks)
-
-    return data.prefetch(make_batches, first // per_call, -(-last // per_call))
