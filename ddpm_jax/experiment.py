@@ -78,14 +78,17 @@ def _make_training(config, flip, time_sampling, init, loss):
     optimizer = training.make_optimizer(learning_rate, config.grad_clip)
     options = {"time_sampling": training.TIME_SAMPLINGS[time_sampling], "lengths": config.averages}
 
+    @jax.jit
+    def make_state(key, params):  # a key made in here would be a constant, and XLA would draw when it compiles
+        return training.init_state(init(key) if params is None else params, optimizer, **options)
+
     def init_state(params=None):
-        params = init(keys.root(config.seed, "init")) if params is None else params
-        return training.init_state(params, optimizer, **options)
+        return make_state(keys.root(config.seed, "init"), params)
 
     train_step = training.make_train_step(
         loss, optimizer, config.ema_decay, flip=flip, accumulate=config.accumulate, **options
     )
-    return learning_rate, jax.jit(init_state), train_step
+    return learning_rate, init_state, train_step
 
 
 def _check(config):
