@@ -21,7 +21,7 @@ from ddpm_jax.commands import COMMANDS
 
 
 def main(argv=None):
-    command, *rest = options.words(argv) or [""]
+    command, *rest = options.command_line(argv) or [""]
     if command in ("-h", "--help"):
         print(__doc__.rstrip())
         return 0

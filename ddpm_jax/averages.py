@@ -13,7 +13,7 @@ import numpy as np
 
 from ddpm_jax.errors import ConfigError
 
-LONGEST = 12**-0.5  # sigma_rel of gamma = 0, the plain mean of all steps
+MAX_SIGMA_REL = 12**-0.5  # sigma_rel of gamma = 0, the plain mean of all steps
 
 
 def sigma_rel(gamma):
@@ -26,10 +26,10 @@ def gamma(sigma_rel):
 
     Raises ConfigError unless 0 < sigma_rel <= 12^(-1/2).
     """
-    if not 0 < sigma_rel <= LONGEST:
+    if not 0 < sigma_rel <= MAX_SIGMA_REL:
         raise ConfigError(
-            f"sigma_rel={sigma_rel} is not the length of an average: it must be above 0 and at most {LONGEST:.4f}, "
-            "the mean of all steps"
+            f"sigma_rel={sigma_rel} is not the length of an average: it must be above 0 and at most "
+            f"{MAX_SIGMA_REL:.4f}, the mean of all steps"
         )
     return float(np.roots([1, 7, 16 - sigma_rel**-2, 12 - sigma_rel**-2]).real.max())
 
@@ -50,7 +50,7 @@ def _inner(t_a, gamma_a, t_b, gamma_b):
     return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * ratio / later
 
 
-def weights(snapshots, target_step, target_sigma_rel):
+def posthoc_coefficients(snapshots, target_step, target_sigma_rel):
     """(coefficients, error): the combination of `snapshots` nearest to the target's profile, float64, in their order.
 
     snapshots: list of (step, sigma_rel), no two the same. error: the L2 distance of the two profiles over the norm of

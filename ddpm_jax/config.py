@@ -15,12 +15,12 @@ from ddpm_jax.errors import ConfigError
 from ddpm_jax.options import (
     Section,
     above,
+    all_of,
     at_least,
     below,
-    each,
+    closest,
     finite,
     leaves,
-    nearest,
     one_of,
     option,
     replace,
@@ -38,7 +38,7 @@ class Data(Section):
     image_size: tuple[int, ...] = option(
         (),
         "height,width in pixels; one number for a square; empty for the data's own",
-        each(at_least(1)),
+        all_of(at_least(1)),
         ("one or two numbers", lambda v: len(v) <= 2),
     )
     channels: int = option(0, "1 gray, 3 RGB, 0 for the data's own", one_of(0, 1, 3))
@@ -51,7 +51,7 @@ class Data(Section):
     range: tuple[float, ...] = option(
         (),
         "LOW,HIGH: the values of more than 8 bits that become black and white, in all files; 0,65535 when empty",
-        each(finite),
+        all_of(finite),
         ("two rising numbers", lambda v: len(v) in (0, 2) and list(v) == sorted(set(v))),
     )
     frames: str = option("first", "of a folder's files with several: first or all", one_of("first", "all"))
@@ -63,12 +63,12 @@ class Model(Section):
     multipliers: tuple[int, ...] = option(
         (1, 2, 2, 2),
         "width of each level over `channels`; each further level halves the image",
-        each(at_least(1)),
+        all_of(at_least(1)),
         ("at least one number", len),
     )
     num_res_blocks: int = option(2, "residual blocks a level on the way down; one more on the way up", at_least(1))
     attention_resolutions: tuple[int, ...] = option(
-        (16,), "shorter side of the images at which every block is followed by attention", each(at_least(1))
+        (16,), "shorter side of the images at which every block is followed by attention", all_of(at_least(1))
     )
     num_heads: int = option(1, "attention heads", at_least(1))
     dropout: float = option(0.1, "share of activations dropped in training", at_least(0), below(1))
@@ -105,7 +105,7 @@ class Diffusion(Section):
     betas: tuple[float, ...] = option(
         (),
         "own betas, beta_1 to beta_T, in place of a discrete schedule's",
-        each(("above 0 and at most 1", lambda v: 0 < v <= 1)),
+        all_of(("above 0 and at most 1", lambda v: 0 < v <= 1)),
     )
     zero_terminal_snr: bool = option(False, "rescale the schedule to leave no signal at T (Lin et al. 2023)")
     base_resolution: int = option(
@@ -130,7 +130,7 @@ class Train(Section):
     grad_clip: float = option(1.0, "largest global norm of the gradient; inf for no limit", above(0))
     ema_decay: float = option(0.9999, "decay of the averaged parameters after their warm-up", at_least(0), below(1))
     averages: tuple[float, ...] = option(
-        (), "lengths (sigma_rel) of averages stored for post-hoc EMA, such as 0.05,0.1; none when empty", each(above(0))
+        (), "lengths (sigma_rel) of averages stored for post-hoc EMA, like 0.05,0.1; none when empty", all_of(above(0))
     )
     average_every: int = option(10_000, "steps between two stored averages", at_least(1))
     on_nan: str = option(
@@ -153,7 +153,7 @@ class Train(Section):
         1, "runs trained at once, with the seeds `seed`, `seed` + 1 and so on, one or more a device", at_least(1)
     )
     learning_rates: tuple[float, ...] = option(
-        (), "a learning rate for each run of an ensemble, which then have the same seed", each(above(0)), each(finite)
+        (), "a learning rate for each run of an ensemble, all with the same seed", all_of(above(0)), all_of(finite)
     )
     seed: int = option(0, "seed of everything random", at_least(0), ("below 2**32", lambda v: v < 2**32))
     log_every: int = option(100, "steps between two lines of metrics", at_least(1))
@@ -247,7 +247,7 @@ def from_json(text: str, where: str = "config.json") -> Config:
     known = [name for name, _, _, _ in leaves(Config, Config())]
     for name in given:
         if name not in known:
-            meant = "".join(f"; did you mean {near}?" for near in nearest(name, known))
+            meant = "".join(f"; did you mean {near}?" for near in closest(name, known))
             raise ConfigError(f"unknown key {name} in {where}{meant}")
     try:
         return replace(Config(), given)

@@ -157,7 +157,7 @@ def make_loss(net, schedule, parameterization, weight, distance=jnp.square, extr
     """
 
     def loss(params, key, x_0, label=None, u=None):
-        t = schedule.time_at(draw_u(key) if u is None else u)
+        t = schedule.t_from_u(draw_u(key) if u is None else u)
         logsnr = schedule.logsnr(t)
         eps = jax.random.normal(named(key, "eps"), x_0.shape)
         x_t = q_sample(x_0, eps, logsnr)

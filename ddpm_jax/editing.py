@@ -1,4 +1,4 @@
-"""Pictures from pictures: encode, interpolate, paint in. Each is a start, a sampler or times for samplers.follow.
+"""Pictures from pictures: encode, interpolate, paint in. Each is a start, a sampler or times for samplers.run_sampler.
 
 An edit is (sampler, times) -> (sampler, times, start), start(predict, key, index) -> x at times[0], for
 experiment.make_generate; `from_noise` is that of plain sampling.
@@ -11,8 +11,8 @@ from jax import lax
 
 from ddpm_jax.diffusion import alpha_sigma, q_sample
 from ddpm_jax.keys import named
-from ddpm_jax.samplers import follow, pure_noise
-from ddpm_jax.schedules.report import warn_of_start
+from ddpm_jax.samplers import pure_noise, run_sampler
+from ddpm_jax.schedules.report import check_start_snr
 
 
 def encode(predict, sampler, schedule, times, x_0):
@@ -23,7 +23,7 @@ def encode(predict, sampler, schedule, times, x_0):
     """
     up = np.asarray(times)[-2::-1]
     x = alpha_sigma(schedule.logsnr(up[0]))[0] * x_0
-    return x if len(up) == 1 else follow(predict, sampler, up, jax.random.key(0), x)[0][-1]
+    return x if len(up) == 1 else run_sampler(predict, sampler, up, jax.random.key(0), x)[0][-1]
 
 
 def interpolation(schedule, t, key, x_0, x_0_other):
@@ -42,7 +42,7 @@ def inpainted(sampler, schedule, known, mask):
     """RePaint (Lugmayr et al. 2022, algorithm 1): `sampler` that keeps `known` (H, W, C) where `mask` is 1.
 
     After each step the known part of x_s is drawn from q(x_s | known). A step up, s > t, adds noise (eq. 2), so that
-    what is new and what is known grow together; see `resampled`.
+    what is new and what is known grow together; see `resampling_times`.
     """
 
     def step(predict, key, x_t, t, s, memory):
@@ -62,7 +62,7 @@ def inpainted(sampler, schedule, known, mask):
     return sampler._replace(step=step)
 
 
-def resampled(times, jump=10, repeats=5):
+def resampling_times(times, jump=10, repeats=5):
     """`times` that after every `jump` steps go back up those steps and down again, `repeats` times in all.
 
     Counted from the least noisy time, down to which the paper's code resamples; only the step to clean data, and the
@@ -80,7 +80,7 @@ def from_noise(schedule, shape):
     """The edit that begins with pure noise; warns where an image of that `shape` still shows at times[0]."""
 
     def edit(sampler, times):
-        warn_of_start(schedule, times[0])
+        check_start_snr(schedule, times[0])
         return sampler, times, lambda predict, key, index: pure_noise(key, shape)
 
     return edit
@@ -99,7 +99,7 @@ def interpolate(schedule, t, key, x_0, x_0_other, num):
     """The edit of `num` images from x_0 to x_0_other by way of time t (see `interpolation`)."""
 
     def edit(sampler, times):
-        level = times.dtype.type(max(t, schedule.first))  # discrete times are whole, and the options give a float
+        level = times.dtype.type(max(t, schedule.t_min))  # discrete times are whole, and the options give a float
         start = interpolation(schedule, level, key, x_0, x_0_other)
         times = np.insert(times[times < level], 0, level)
         return sampler, times, lambda predict, key, index: start(index / max(num - 1, 1))
@@ -108,10 +108,10 @@ def interpolate(schedule, t, key, x_0, x_0_other, num):
 
 
 def inpaint(schedule, known, mask, jump, repeats):
-    """The edit that paints new where `mask` is 0 (see `inpainted` and `resampled`)."""
+    """The edit that paints new where `mask` is 0 (see `inpainted` and `resampling_times`)."""
 
     def edit(sampler, times):
-        way = resampled(times, jump, repeats)
+        way = resampling_times(times, jump, repeats)
         return from_noise(schedule, known.shape)(inpainted(sampler, schedule, known, mask), way)
 
     return edit

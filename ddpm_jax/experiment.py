@@ -19,7 +19,7 @@ from ddpm_jax.networks import unet
 from ddpm_jax.options import replace
 from ddpm_jax.run import checkpoint, snapshots
 from ddpm_jax.run.files import expand
-from ddpm_jax.schedules.report import warn_of_signal
+from ddpm_jax.schedules.report import check_terminal_snr
 
 
 class Experiment(NamedTuple):
@@ -117,7 +117,7 @@ def _check(config):
 def _check_signal(names, schedule):
     """Where x_T is pure noise, eps says nothing of the image and an error in eps weighs nothing."""
     if schedule.logsnr(schedule.T) > -float("inf"):
-        warn_of_signal(schedule)
+        check_terminal_snr(schedule)
     elif names.parameterization == "eps" or names.error == "eps":
         raise ConfigError(
             f"the schedule leaves no signal at T, where diffusion.parameterization={names.parameterization} with "
@@ -125,7 +125,7 @@ def _check_signal(names, schedule):
         )
 
 
-def find(path: str | Path, step: int = 0) -> tuple[Path, int | None]:
+def find_run(path: str | Path, step: int = 0) -> tuple[Path, int | None]:
     """(folder of the run, step or None for the newest) from that folder, its folder checkpoints or a step's folder.
 
     Raises CheckpointError when it is none of them, ConfigError when it is the folder of another step than `step`.
@@ -143,10 +143,10 @@ def find(path: str | Path, step: int = 0) -> tuple[Path, int | None]:
     raise CheckpointError(f"there is no run in {path} (no folder {steps}); train first, or see --workdir")
 
 
-def restore(workdir: Path, weights: str, step: int | None = None, which: int = 0) -> tuple[Experiment, Any, int]:
+def restore(workdir: Path, weights: str, step: int | None = None, member: int = 0) -> tuple[Experiment, Any, int]:
     """(Experiment, parameters, step) of the newest whole checkpoint of a run, or of that of `step`.
 
-    Of an ensemble, they are those of the member `which`.
+    Of an ensemble, they are those of the member `member`.
 
     weights: "ema", "raw", or the sigma_rel of an average of that length, put together from the stored ones; its step,
     the last of them when not given, is counted in updates.
@@ -163,9 +163,9 @@ def restore(workdir: Path, weights: str, step: int | None = None, which: int = 0
         nonlocal parts
         config, classes = from_json(json.dumps(meta["config"]), f"{folder}, meta"), meta.get("classes")
         members = config.train.ensemble
-        if which >= members:
-            raise ConfigError(f"--member={which}, but {workdir} has {members} (0 to {members - 1})")
-        parts = make(member(config, which), meta["shape"])
+        if member >= members:
+            raise ConfigError(f"--member={member}, but {workdir} has {members} (0 to {members - 1})")
+        parts = make(member_config(config, member), meta["shape"])
         parts = parts._replace(data=meta.get("data"), classes=None if classes is None else tuple(classes))
         one = params_shape(parts)
         add = (members,) if members > 1 else ()
@@ -175,14 +175,14 @@ def restore(workdir: Path, weights: str, step: int | None = None, which: int = 0
     if items:
         params = trees[items[0]]
         if meta["config"]["train"].get("ensemble", 1) > 1:
-            params = jax.tree.map(lambda x: x[which], params)
+            params = jax.tree.map(lambda x: x[member], params)
         return parts, params, meta["step"]
     template = params_shape(parts)
     step = step or snapshots.stored(workdir / "averages")[-1][0]
-    return parts, reconstruct(workdir / "averages", template, float(weights), step), step
+    return parts, posthoc_ema(workdir / "averages", template, float(weights), step), step
 
 
-def reconstruct(folder: Path, template: Any, sigma_rel: float, step: int | None = None) -> Any:
+def posthoc_ema(folder: Path, template: Any, sigma_rel: float, step: int | None = None) -> Any:
     """The average of length `sigma_rel` at `step` (default: the last snapshot's), shaped and typed as `template`.
 
     Warns when the stored snapshots give its weights with an error above a tenth. Raises ConfigError for a length or
@@ -190,7 +190,7 @@ def reconstruct(folder: Path, template: Any, sigma_rel: float, step: int | None 
     """
     found = snapshots.stored(folder)
     step = found[-1][0] if step is None else step
-    coefficients, error = averages.weights(found, step, sigma_rel)
+    coefficients, error = averages.posthoc_coefficients(found, step, sigma_rel)
     if error > 0.1:
         warnings.warn(
             f"the average of sigma_rel={sigma_rel} at step {step} is only roughly known: {len(found)} snapshots give "
@@ -201,7 +201,7 @@ def reconstruct(folder: Path, template: Any, sigma_rel: float, step: int | None 
     return snapshots.combine(folder, dict(zip(found, coefficients, strict=True)), template)
 
 
-def member(config: Config, i: int) -> Config:
+def member_config(config: Config, i: int) -> Config:
     """The Config of the run that member `i` of an ensemble is by itself; that of a run without members is `config`."""
     train = config.train
     if train.ensemble == 1:
@@ -250,7 +250,7 @@ def find_label(experiment: Experiment, wanted: str) -> int:
     return number
 
 
-def labels_in_turn(experiment: Experiment, indices: np.ndarray) -> np.ndarray | None:
+def cyclic_labels(experiment: Experiment, indices: np.ndarray) -> np.ndarray | None:
     """A class for each index, all classes in turn; None for a model without."""
     classes = experiment.config.model.num_classes
     return indices % classes if classes else None
@@ -290,7 +290,7 @@ def make_generate(
         null, channels = experiment.config.model.num_classes, experiment.shape[-1]
         net = conditioning.guided(net, guidance, null, *interval, channels=channels)
     sampler = samplers.make_sampler(sampler, schedule, {"variance": names.variance}, **options)
-    make_denoiser = diffusion.make_denoiser_with_variance if sampler.asks_variance else diffusion.make_denoiser
+    make_denoiser = diffusion.make_denoiser_with_variance if sampler.needs_variance else diffusion.make_denoiser
 
     def denoiser(params, label):
         return make_denoiser(net, schedule, experiment.parameterization, params, label, diffusion.LIMITS[limit])

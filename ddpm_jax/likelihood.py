@@ -17,7 +17,7 @@ from jax.scipy.stats import norm
 
 from ddpm_jax.diffusion import VARIANCES, alpha_sigma, q_sample, reverse_variance, to_unit
 from ddpm_jax.keys import named
-from ddpm_jax.samplers import Sampler, follow
+from ddpm_jax.samplers import Sampler, run_sampler
 from ddpm_jax.schedules import Schedule
 
 HALF_BIN = 1 / 255
@@ -136,7 +136,7 @@ DIVERGENCES = {
 }
 
 
-def flow(schedule, probes):
+def probability_flow(schedule, probes):
     """Sampler of the probability-flow ODE upwards, s > t, whose memory is the change of log-density in nats.
 
     With y = x / alpha and the noise level n = sigma / alpha the ODE is dy/dn = eps_hat (see samplers.heun), and
@@ -175,7 +175,7 @@ def ode_log_density(predict, schedule, times, x_0, key, divergence="exact"):
     up = np.asarray(times)[-2::-1]
     (alpha, _), (alpha_T, _) = (alpha_sigma(schedule.logsnr(t)) for t in (up[0], up[-1]))
     probes = DIVERGENCES[divergence](named(key, "probe"), x_0.shape)
-    path, change = follow(predict, flow(schedule, probes), up, key, alpha * x_0)
+    path, change = run_sampler(predict, probability_flow(schedule, probes), up, key, alpha * x_0)
     return jnp.sum(norm.logpdf(path[-1]) + jnp.log(alpha_T)) - change
 
 

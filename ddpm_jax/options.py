@@ -39,7 +39,7 @@ def below(high):
     return f"below {high}", lambda value: value < high
 
 
-def each(rule):
+def all_of(rule):
     return f"a list, each {rule[0]}", lambda values: all(rule[1](value) for value in values)
 
 
@@ -48,7 +48,7 @@ def one_of(*choices):
 
 
 finite = ("finite", math.isfinite)
-which_weights = "ema, raw or a number", lambda value: value in ("ema", "raw") or parses(float, value)
+weights_choice = "ema, raw or a number", lambda value: value in ("ema", "raw") or parses(float, value)
 
 
 class Section:
@@ -161,7 +161,7 @@ def replace(value, changes):
     return dataclasses.replace(value, **here)
 
 
-def nearest(name, known):
+def closest(name, known):
     """The one of `known` that is nearly `name`, by its last part or its initials (lr), in a list; or an empty list.
 
     One of the same section goes before all others.
@@ -182,26 +182,26 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see python {self.prog} --help")
 
 
-def words(argv=None):
+def command_line(argv=None):
     """The options that a command is given, as text: those of the program where `argv` is None."""
     if isinstance(argv, str):
         raise ConfigError(f"options are a list, such as ['--num=3', '--seed=1'], not the one text {argv!r}")
     return list(map(str, sys.argv[1:] if argv is None else argv))
 
 
-def first_named(words, *names):
+def positional_to_options(words, *names):
     """`words` with the first ones, as long as they are no options, written as the options `names`: --workdir=RUN."""
     first = list(itertools.takewhile(lambda word: word[:1] != "-", words))[: len(names)]
     return [f"--{name}={word}" for name, word in zip(names, first, strict=False)] + words[len(first) :]
 
 
 def parse(cls, argv, prog, description, load=None):
-    """The command line `argv`, see `words`, as an instance of the dataclass `cls`.
+    """The command line `argv`, see `command_line`, as an instance of the dataclass `cls`.
 
     With `load`, the field `config` is what `load` makes of the file named by `--config=FILE` (the field `config_file`),
     then changed by `--config.a.b=value`. `_` and `-` are the same in an option's name. Every fault is a `ConfigError`.
     """
-    argv = [_spelled(word) for word in words(argv)]
+    argv = [_spelled(word) for word in command_line(argv)]
     parser = _Parser(prog, description=description, allow_abbrev=False, formatter_class=argparse.HelpFormatter)
     default = cls()
     if load:
@@ -230,7 +230,7 @@ def parse(cls, argv, prog, description, load=None):
         name = word.split("=")[0].lstrip("-")
         if not word.startswith("--"):
             raise ConfigError(f"unexpected argument {word!r}; options are written --name=value")
-        meant = "".join(f"; did you mean {_spelled('--' + near)}?" for near in nearest(name, known))
+        meant = "".join(f"; did you mean {_spelled('--' + near)}?" for near in closest(name, known))
         raise ConfigError(f"unknown option {word.split('=')[0]}{meant}")
     changes = {
         name: from_text(known[name], _text(text), "--" + name) for name, text in vars(given).items() if name != "config"

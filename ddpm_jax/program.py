@@ -12,12 +12,12 @@ from ddpm_jax.experiment import Experiment
 
 
 class Program(NamedTuple):
-    """`again` counts the roll-backs so far, 0 when not given: after each, batches and draws are others."""
+    """`rollbacks` counts the roll-backs so far, 0 when not given: after each, batches and draws are others."""
 
     init_state: Callable  # () -> state, on the host's default device
     place: Callable  # state -> the same lying on the devices as `step` returns it
-    batches: Callable  # (range of steps, again) -> what `step` takes of them, on the host
-    step: Callable  # (state, batches, again) -> state, metrics with an axis of steps
+    batches: Callable  # (range of steps, rollbacks) -> what `step` takes of them, on the host
+    step: Callable  # (state, batches, rollbacks) -> state, metrics with an axis of steps
 
 
 def make(parts: Experiment, dataset: data.Dataset) -> Program:
@@ -28,14 +28,14 @@ def make(parts: Experiment, dataset: data.Dataset) -> Program:
 def _single(parts, dataset):
     """Every device has the same state and its share of every batch."""
     config = parts.config.train
-    rows, step = parallel.local_rows(config.batch_size), parallel.pmap_step(training.several_steps(parts.train_step))
+    rows, step = parallel.local_rows(config.batch_size), parallel.pmap_step(training.scan_steps(parts.train_step))
 
-    def batches(steps, again=0):
-        made = (data.batch(dataset, config.seed, step, config.batch_size, rows, again) for step in steps)
+    def batches(steps, rollbacks=0):
+        made = (data.batch(dataset, config.seed, step, config.batch_size, rows, rollbacks) for step in steps)
         return _stack(map(parallel.shard, made), 1)
 
-    def all_steps(state, batches, again=0):
-        return step(state, batches, _root(config.seed, again))
+    def all_steps(state, batches, rollbacks=0):
+        return step(state, batches, _root(config.seed, rollbacks))
 
     return Program(parts.init_state, parallel.replicate, batches, all_steps)
 
@@ -47,10 +47,10 @@ def _ensemble(parts, dataset):
     each.
     """
     config = parts.config.train
-    members = [experiment.member(parts.config, i).train for i in range(config.ensemble)]
+    members = [experiment.member_config(parts.config, i).train for i in range(config.ensemble)]
     seeds = [member.seed for member in members]
     scales = np.float32([member.learning_rate for member in members]) / np.float32(config.learning_rate)
-    spread, place = parallel.spread(training.steps_of_members(parts.train_step), config.ensemble)
+    spread, place = parallel.spread(training.ensemble_steps(parts.train_step), config.ensemble)
 
     def step(state, batches, roots):
         state, metrics = spread(state, batches, roots, scales)
@@ -62,14 +62,15 @@ def _ensemble(parts, dataset):
 
     step = jax.jit(step, donate_argnums=0)
 
-    def batches(steps, again=0):
-        made = (
-            _stack(data.batch(dataset, seed, step, config.batch_size, again=again) for step in steps) for seed in seeds
-        )
-        return _stack(made)
+    def batches(steps, rollbacks=0):
+        def member_batches(seed):
+            made = (data.batch(dataset, seed, step, config.batch_size, rollbacks=rollbacks) for step in steps)
+            return _stack(made)
 
-    def all_steps(state, batches, again=0):
-        return step(state, batches, jnp.stack([_root(seed, again) for seed in seeds]))
+        return _stack(map(member_batches, seeds))
+
+    def all_steps(state, batches, rollbacks=0):
+        return step(state, batches, jnp.stack([_root(seed, rollbacks) for seed in seeds]))
 
     def init_states():
         params = jax.vmap(parts.init)(jnp.stack([keys.root(seed, "init") for seed in seeds]))
@@ -89,7 +90,7 @@ def make_draw(parts: Experiment, sampler: str, steps: int, *args, **options) -> 
 
     def draw(params, num, seed=0, labels=None, batch_size=64, start=0):
         indices, root = np.arange(start, num), keys.root(seed, "sample")
-        labels = experiment.labels_in_turn(parts, indices) if labels is None else labels[start:]
+        labels = experiment.cyclic_labels(parts, indices) if labels is None else labels[start:]
         return parallel.generate_batches(generate, parallel.replicate(params), root, indices, labels, batch_size)
 
     return draw
@@ -101,8 +102,8 @@ def draw(parts: Experiment, params, num: int, seed=0, sampler="ddpm", steps=0, b
     return np.concatenate([batch[:, -1] for batch in draw(params, num, seed, batch_size=batch_size)])
 
 
-def _root(seed, again):
-    return keys.root(seed, f"train {again}" if again else "train")
+def _root(seed, rollbacks):
+    return keys.root(seed, f"train {rollbacks}" if rollbacks else "train")
 
 
 def _stack(trees, axis=0):

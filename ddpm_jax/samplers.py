@@ -26,7 +26,7 @@ from ddpm_jax.schedules import Schedule
 class Sampler(NamedTuple):
     init: Callable
     step: Callable
-    asks_variance: bool = False  # whether predict has to be one of diffusion.make_denoiser_with_variance
+    needs_variance: bool = False  # whether predict has to be one of diffusion.make_denoiser_with_variance
 
 
 def no_memory(x_T):
@@ -162,7 +162,7 @@ def edm(schedule: Schedule, churn=0.1, noise=1.007, low=0.01, high=1.0) -> Sampl
     def step(predict, key, x_t, t, s, memory):
         logsnr = schedule.logsnr(t)
         level = jnp.exp(-logsnr / 2)
-        raised = jnp.where((level >= low) & (level <= high), schedule.time_of(logsnr - 2 * jnp.log1p(churn)), t)
+        raised = jnp.where((level >= low) & (level <= high), schedule.t_from_logsnr(logsnr - 2 * jnp.log1p(churn)), t)
         (alpha, sigma), (alpha_up, sigma_up) = (alpha_sigma(schedule.logsnr(time)) for time in (t, raised))
         added = jnp.sqrt(jnp.maximum(sigma_up**2 - (alpha_up / alpha * sigma) ** 2, 0))
         x_up = alpha_up / alpha * x_t + noise * added * jax.random.normal(key, x_t.shape)
@@ -214,7 +214,7 @@ def with_preview(sampler: Sampler) -> Sampler:
         x_s, own = sampler.step(remember, key, x_t, t, s, memory[0])
         return x_s, (own, jax.tree.leaves(prediction)[0])
 
-    return Sampler(init, step, sampler.asks_variance)
+    return Sampler(init, step, sampler.needs_variance)
 
 
 def self_conditioned(sampler: Sampler) -> Sampler:
@@ -240,10 +240,10 @@ def sample(predict: Callable, sampler: Sampler, times, key, shape) -> jax.Array:
 
     times: falling, from the time of pure noise to 0, (n + 1,); shape: (H, W, C). The picture is a function of `key`.
     """
-    return follow(predict, sampler, times, key, pure_noise(key, shape))[0][-1]
+    return run_sampler(predict, sampler, times, key, pure_noise(key, shape))[0][-1]
 
 
-def follow(predict: Callable, sampler: Sampler, times, key, x, frames=1, view=lambda x, memory: x):
+def run_sampler(predict: Callable, sampler: Sampler, times, key, x, frames=1, view=lambda x, memory: x):
     """(path, memory) of a sampler from `x` at times[0] through all `times`; the one loop over time there is.
 
     path: `view` of (x, memory), an array like x, at `frames` moments evenly spread over the way, (frames, ...); the
@@ -267,14 +267,14 @@ def follow(predict: Callable, sampler: Sampler, times, key, x, frames=1, view=la
 def make_generate(denoiser: Callable, sampler: Sampler, times, start, frames=1, view=lambda x, memory: x) -> Callable:
     """generate(params, root, index, label=None) -> image `index` of the stream `root`.
 
-    denoiser: (params, label) -> predict; start: (predict, key, index) -> x at times[0]; frames, view: as in `follow`.
+    denoiser: (params, label) -> predict; start: (predict, key, index) -> x at times[0]; frames, view: of `run_sampler`.
     uint8 (frames, H, W, C): pictures along the reverse process of which the last is the sample; and whether all of
     their values were finite, which uint8 cannot show.
     """
 
     def generate(params, root, index, label=None):
         key, predict = jax.random.fold_in(root, index), denoiser(params, label)
-        path, _ = follow(predict, sampler, times, key, start(predict, key, index), frames, view)
+        path, _ = run_sampler(predict, sampler, times, key, start(predict, key, index), frames, view)
         return to_uint8(path), jnp.all(jnp.isfinite(path))
 
     return generate

@@ -173,7 +173,7 @@ def make_train_step(
         rows = len(batch["index"])
         size, position = rows * lax.axis_size(axis), rows * lax.axis_index(axis) + jnp.arange(rows)
         u, weight = time_sampling.draw(state.times, key, keys, position, size)
-        parts = _mean_over_parts(loss_and_grad, accumulate, state.params, keys, batch, u, weight)
+        parts = _mean_over_microbatches(loss_and_grad, accumulate, state.params, keys, batch, u, weight)
         metrics, seen, grad = _mean_over_devices(parts, axis)
         grad_norm = optax.tree.norm(grad)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
@@ -224,8 +224,8 @@ def _mean_over_devices(tree, axis):
     return lax.platform_dependent(tree, cpu=cpu, default=leaf_by_leaf)
 
 
-def steps_of_members(train_step, axis="batch"):
-    """Steps of each of several trainings on one device: `several_steps` of states, batches and more, (members, ...).
+def ensemble_steps(train_step, axis="batch"):
+    """Steps of each of several trainings on one device: `scan_steps` of states, batches and more, (members, ...).
 
     On a CPU one member after another: a convolution with a kernel for each is slow there (measured).
     """
@@ -234,7 +234,7 @@ def steps_of_members(train_step, axis="batch"):
         step = jax.vmap(train_step, (None, 0, *[None] * len(others)), None, axis_name=axis)
         return step(state, jax.tree.map(lambda x: x[None], batch), *others)
 
-    member = several_steps(alone)
+    member = scan_steps(alone)
 
     def one_after_another(*args):
         each = [member(*jax.tree.map(lambda x, i=i: x[i], args)) for i in range(len(args[-1]))]
@@ -246,7 +246,7 @@ def steps_of_members(train_step, axis="batch"):
     return steps
 
 
-def several_steps(train_step):
+def scan_steps(train_step):
     """`train_step` over batches with a leading axis of steps, (n, b, ...), in one call; its metrics have it too."""
 
     def steps(state, batches, *others):
@@ -270,7 +270,7 @@ def _loop(body, carry, parts):
     return lax.platform_dependent(carry, parts, cpu=written_out, default=loop)
 
 
-def _mean_over_parts(function, parts, params, *args):
+def _mean_over_microbatches(function, parts, params, *args):
     """The mean of function(params, *part) over `parts` equal cuts of the leading axis of `args`, one after another.
 
     The numbers of a part wait for the total of those before: where the loop is written out, XLA would else begin with

@@ -12,13 +12,13 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-WIDE = 128  # channels from which minimal filtering is faster on a CPU; at 32 and 64 it was slower
+MIN_CHANNELS = 128  # channels from which minimal filtering is faster on a CPU; at 32 and 64 it was slower
 
 
 def same(x, kernel, *_, **__):
     """The SAME convolution, (N, H, W, F); of many channels on a CPU by minimal filtering, else XLA's own."""
     halves = x.shape[1] % 2 == x.shape[2] % 2 == 0
-    if halves and x.dtype == jnp.float32 and min(kernel.shape[2:]) >= WIDE:
+    if halves and x.dtype == jnp.float32 and min(kernel.shape[2:]) >= MIN_CHANNELS:
         return _same.bind(x, kernel)
     return direct(x, kernel)
 
@@ -26,15 +26,15 @@ def same(x, kernel, *_, **__):
 @contextlib.contextmanager
 def direct_only():
     """Within it, networks are traced without minimal filtering, which XLA compiles the slower the larger the images."""
-    global WIDE
-    usual, WIDE = WIDE, math.inf
+    global MIN_CHANNELS
+    usual, MIN_CHANNELS = MIN_CHANNELS, math.inf
     try:
         yield
     finally:
-        WIDE = usual
+        MIN_CHANNELS = usual
 
 
-def doubled(x, kernel, *_, **__):
+def upsampled(x, kernel, *_, **__):
     """The SAME convolution of x with each pixel repeated 2x2, (N, 2 H, 2 W, F).
 
     There every window sees only 2x2 different pixels, with one of four sums of the kernel's rows and columns; these are

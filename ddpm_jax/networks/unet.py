@@ -35,13 +35,13 @@ def time_embedding(t, channels, scale=1.0, shift=1, cos_first=False):
     return jnp.pad(jnp.concatenate(waves), (0, channels % 2))
 
 
-def convolution(features, dtype, stride=1, zero=False, name=None, padding="SAME", double=False):
+def convolution(features, dtype, stride=1, zero=False, name=None, padding="SAME", upsample=False):
     """A 3x3 convolution (H, W, C) -> (H / stride, W / stride, features); every one of the network is made here.
 
-    With `double` the pixels are repeated first, (H, W, C) -> (2 H, 2 W, features).
+    With `upsample` the pixels are repeated first, (H, W, C) -> (2 H, 2 W, features).
     """
     init = nn.initializers.zeros if zero else fan_avg
-    form = convolutions.doubled if double else convolutions.same
+    form = convolutions.upsampled if upsample else convolutions.same
     options = {"conv_general_dilated": form} if stride == 1 else {}
     return nn.Conv(features, (3, 3), stride, padding, dtype=dtype, kernel_init=init, name=name, **options)
 
@@ -202,7 +202,7 @@ class UNet(nn.Module):
                 h = jnp.concatenate([h, skips.pop()], -1)
                 h = attend(block(h, width, f"up_{level}_block_{i}"), f"up_{level}_attention_{i}")
             if level:
-                h = convolution(width, self.dtype, name=f"up_{level}_double", double=True)(h)
+                h = convolution(width, self.dtype, name=f"up_{level}_double", upsample=True)(h)
 
         h = nn.swish(group_norm(self.groups, h.shape[-1], "norm_out", epsilon=self.norm_eps)(h))
         return convolution(self.out_channels, jnp.float32, zero=True, name="conv_out")(h)

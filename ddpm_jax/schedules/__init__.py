@@ -56,7 +56,7 @@ class DiscreteSchedule(NamedTuple):
         return len(self.table) - 1
 
     @property
-    def first(self) -> int:
+    def t_min(self) -> int:
         """The time of the least noise."""
         return 1
 
@@ -69,15 +69,15 @@ class DiscreteSchedule(NamedTuple):
         """Log-SNR at integer times t in 0..T, any shape; NaN outside, where plain indexing would clamp or wrap."""
         return jnp.asarray(self.table).at[t].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
-    def time_at(self, u):
+    def t_from_u(self, u):
         """The time below which a share u in [0, 1) of 1..T lies: u uniform gives t uniform."""
         return 1 + jnp.floor(u * self.T).astype(jnp.int32)
 
     def sample_t(self, key):
         """A time uniform on 1..T (Algorithm 1, line 3)."""
-        return self.time_at(jax.random.uniform(key))
+        return self.t_from_u(jax.random.uniform(key))
 
-    def time_of(self, logsnr):
+    def t_from_logsnr(self, logsnr):
         """The time in 1..T whose log-SNR is nearest."""
         levels = jnp.asarray(self.table)[1:]
         return 1 + jnp.argmin(jnp.abs(levels - logsnr))
@@ -99,11 +99,11 @@ class DiscreteSchedule(NamedTuple):
         return DiscreteSchedule(self.table + np.float32(by))
 
 
-FIRST = 1e-5  # the least time at which a continuous schedule is asked for anything, as in Song et al. 2021
+T_MIN = 1e-5  # the least time at which a continuous schedule is asked for anything, as in Song et al. 2021
 
 
 class ContinuousSchedule(NamedTuple):
-    """Noise levels at real t from 0 to 1; 0 is clean data and the first noisy time is `FIRST`."""
+    """Noise levels at real t from 0 to 1; 0 is clean data and the first noisy time is `T_MIN`."""
 
     curve: Callable  # t in (0, 1] -> log-SNR, falling
 
@@ -112,8 +112,8 @@ class ContinuousSchedule(NamedTuple):
         return 1.0
 
     @property
-    def first(self) -> float:
-        return FIRST
+    def t_min(self) -> float:
+        return T_MIN
 
     @property
     def time_scale(self) -> float:
@@ -122,18 +122,18 @@ class ContinuousSchedule(NamedTuple):
     def logsnr(self, t):
         """Log-SNR at times t in [0, 1], any shape, +inf at 0; NaN outside."""
         t = jnp.asarray(t, float)
-        level = jnp.where(t > 0, self.curve(jnp.maximum(t, FIRST)), jnp.inf)
+        level = jnp.where(t > 0, self.curve(jnp.maximum(t, T_MIN)), jnp.inf)
         return jnp.where((t >= 0) & (t <= 1), level, jnp.nan)
 
-    def time_at(self, u):
+    def t_from_u(self, u):
         """The time below which a share u in [0, 1) of all times lies."""
-        return jnp.maximum(u, FIRST)
+        return jnp.maximum(u, T_MIN)
 
     def sample_t(self, key):
         """A time uniform on (0, 1)."""
-        return self.time_at(jax.random.uniform(key))
+        return self.t_from_u(jax.random.uniform(key))
 
-    def time_of(self, logsnr):
+    def t_from_logsnr(self, logsnr):
         """The time in (0, 1] with this log-SNR, or the end that is next to it."""
         table = self._table()[1:]
         return jnp.interp(-logsnr, -table, np.arange(1, len(table) + 1) / len(table))
@@ -145,17 +145,17 @@ class ContinuousSchedule(NamedTuple):
 
     def times(self, n, spacing="trailing"):
         """Times of an n-step sampler, falling from at most 1 to 0: NumPy float64 (n + 1,)."""
-        most = f"{round(1 / FIRST)}, the times that are told apart on a continuous schedule"
-        return _spaced(self._table(), n, spacing, most) * FIRST
+        most = f"{round(1 / T_MIN)}, the times that are told apart on a continuous schedule"
+        return _spaced(self._table(), n, spacing, most) * T_MIN
 
     def shifted(self, by):
         """The schedule with `by` added to all log-SNRs."""
         return ContinuousSchedule(lambda t: self.curve(t) + by)
 
     def _table(self):
-        """Log-SNR at 0, FIRST, 2 FIRST ... 1, on the host."""
+        """Log-SNR at 0, T_MIN, 2 T_MIN ... 1, on the host."""
         with jax.ensure_compile_time_eval():
-            return np.asarray(self.logsnr(np.arange(round(1 / FIRST) + 1) * FIRST), np.float64)
+            return np.asarray(self.logsnr(np.arange(round(1 / T_MIN) + 1) * T_MIN), np.float64)
 
 
 Schedule = DiscreteSchedule | ContinuousSchedule

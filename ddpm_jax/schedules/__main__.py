@@ -6,7 +6,7 @@ import sys
 from ddpm_jax import errors, options
 from ddpm_jax.run.files import expand, write_atomic
 from ddpm_jax.schedules import make_schedule
-from ddpm_jax.schedules.report import report, warn_of_signal
+from ddpm_jax.schedules.report import check_terminal_snr, report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ def main(argv=None):
     schedule = make_schedule(name, **args)
     for key, value in report(schedule).items():
         print(f"{key:<14}{value:.6g}" + (" bits/dim at most" if key == "prior_kl" else ""))
-    warn_of_signal(schedule)
+    check_terminal_snr(schedule)
     if out:
         from ddpm_jax.plots import figures
 

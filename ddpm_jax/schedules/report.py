@@ -3,7 +3,7 @@
 import math
 import warnings
 
-MOST_SIGNAL = 1e-3  # of an image's variance that may be left where pure noise stands for it
+MAX_SIGNAL = 1e-3  # of an image's variance that may be left where pure noise stands for it
 
 
 def alphas_bar(schedule, t):
@@ -16,7 +16,7 @@ def report(schedule):
 
     prior_kl is eq. 5's L_T in bits/dim for pixels at +-1, so the most that images in [-1, 1] can have.
     """
-    last, first = (float(schedule.logsnr(t)) for t in (schedule.T, schedule.first))
+    last, first = (float(schedule.logsnr(t)) for t in (schedule.T, schedule.t_min))
     return {
         "alphas_bar_T": alphas_bar(schedule, schedule.T),
         "snr_T": math.exp(last),
@@ -25,10 +25,10 @@ def report(schedule):
     }
 
 
-def warn_of_signal(schedule):
+def check_terminal_snr(schedule):
     """Warn when x_T keeps a part of the image that sampling, which starts from pure noise, cannot know of."""
     left = alphas_bar(schedule, schedule.T)
-    if left > MOST_SIGNAL:
+    if left > MAX_SIGNAL:
         warnings.warn(
             f"x_T keeps {left:.1%} of the image's variance, but sampling starts from pure noise; take a larger "
             "diffusion.T, diffusion.schedule=cosine or diffusion.zero_terminal_snr",
@@ -36,10 +36,10 @@ def warn_of_signal(schedule):
         )
 
 
-def warn_of_start(schedule, t, remedy="take --spacing=trailing, which starts at T, or more steps"):
+def check_start_snr(schedule, t, remedy="take --spacing=trailing, which starts at T, or more steps"):
     """Warn when pure noise is taken for x_t at a time t below T at which an image still shows."""
     left = alphas_bar(schedule, t)
-    if t < schedule.T and left > MOST_SIGNAL:
+    if t < schedule.T and left > MAX_SIGNAL:
         warnings.warn(
             f"pure noise is taken for x_t at t = {t:g} of {schedule.T:g}, which keeps {left:.1%} of the image's "
             f"variance; {remedy}",
