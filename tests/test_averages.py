@@ -212,7 +212,7 @@ def test_a_tracked_average_comes_back(tracked, saved, step):
 
 def test_a_step_between_two_snapshots(trajectory, saved):
     """Its profile ends where no snapshot's does, which is told; a random walk hardly shows it."""
-    with pytest.warns(UserWarning, match="only roughly known"):
+    with pytest.warns(UserWarning, match="only approximate"):
         got = flat(experiment.posthoc_ema(saved, TEMPLATE, 0.10, 3900))
     wanted = definition(trajectory, 3900, 0.10)
     assert np.linalg.norm(got - wanted) < 0.01 * np.linalg.norm(trajectory[3899] - wanted)

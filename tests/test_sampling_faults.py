@@ -93,8 +93,8 @@ def test_a_mistake_gets_one_line_and_writes_nothing(run, call, tmp_path, mistake
 
 
 def test_fault_71_steps_of_a_continuous_schedule():
-    """It has no T to name, but the times that are told apart."""
-    with pytest.raises(ConfigError, match="steps=100001 must be from 1 to 100000, the times that are told apart"):
+    """It has no T to name, but a resolution."""
+    with pytest.raises(ConfigError, match="steps=100001 must be from 1 to 100000, the resolution of"):
         schedules.make_schedule("vp").times(100_001)
 
 
@@ -218,7 +218,7 @@ def test_fault_75_the_run_its_checkpoints_or_a_step(two, monkeypatch):
     assert experiment.find_run("..")[1] is None
     assert experiment.find_run("../..", 3) == (Path("../.."), 3)
     assert experiment.find_run(".", 3)[1] == 3
-    with pytest.raises(ConfigError, match=r"--workdir=\. is another step than --step=5"):
+    with pytest.raises(ConfigError, match=r"--workdir=\. and --step=5 are different steps"):
         experiment.find_run(".", 5)
 
 
