@@ -1,9 +1,9 @@
 """Post-hoc EMA: averages of the parameters with a length chosen after training (Karras et al. 2024, section 3, app. C).
 
 The average at step t weights the parameters of step tau in [0, t] by p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1).
-Its length `sigma_rel` is the standard deviation of p, divided by t. It is the same at every t, so the average forgets
-the initialisation and needs no warm-up. Training tracks a few lengths and stores snapshots of them. Any other length is
-approximated by a linear combination of the snapshots: its p is fitted by theirs in least squares.
+Its length `sigma_rel`, the standard deviation of p divided by t, is the same at every t, so the average forgets the
+initialisation and needs no warm-up. Training stores snapshots of a few lengths. Any other length is approximated by a
+linear combination of the snapshots, by a least-squares fit of their p.
 
 Steps here count parameter updates, n = 1, 2, ...; skipped training steps do not count.
 """
@@ -53,13 +53,12 @@ def _inner(t_a, gamma_a, t_b, gamma_b):
 def posthoc_coefficients(snapshots, target_step, target_sigma_rel):
     """(coefficients, error): the linear combination of `snapshots` closest to the target profile, float64.
 
-    snapshots: list of distinct (step, sigma_rel); the coefficients have the same order. error: the L2 distance between
-    the two profiles, relative to the norm of the target; at most 1e-7 when the target is a snapshot. Raises ConfigError
-    for a step outside the range of the snapshots.
+    snapshots: list of distinct (step, sigma_rel), in the order of the coefficients. error: the L2 distance of the two
+    profiles relative to the target's norm; at most 1e-7 if the target is a snapshot. Raises ConfigError for a step
+    beyond the snapshots.
 
-    Unlike in the paper, the coefficients must sum to 1 (by a Lagrange multiplier). The paper's networks normalise their
-    weights, so a common factor has no effect. Ours do not, and the unconstrained sum can be as low as 0.9: sigma_rel
-    0.28 from ten snapshots each of 0.05 and 0.10.
+    Unlike the paper's, the coefficients sum to 1 (by a Lagrange multiplier), because our networks do not normalise their
+    weights. Without the constraint the sum is 0.9 for sigma_rel 0.28 from ten snapshots each of 0.05 and 0.10.
     """
     last = max(step for step, _ in snapshots)
     if not 0 < target_step <= last:

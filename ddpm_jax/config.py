@@ -50,13 +50,11 @@ class Data(Section):
     cache_dir: str = option(CACHE, "folder of decoded images")
     range: tuple[float, ...] = option(
         (),
-        "LOW,HIGH: in images of more than 8 bits, the values that become black and white; 0,65535 when empty",
+        "LOW,HIGH: the values that become black and white in all images of more than 8 bits; 0,65535 when empty",
         all_of(finite),
         ("two increasing numbers", lambda v: len(v) in (0, 2) and list(v) == sorted(set(v))),
     )
-    frames: str = option(
-        "first", "frames to use of multi-frame files in a folder: first or all", one_of("first", "all")
-    )
+    frames: str = option("first", "frames used of multi-frame files in a folder: first or all", one_of("first", "all"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +95,7 @@ class Model(Section):
 class Diffusion(Section):
     schedule: str = option("linear", "noise schedule, a name in ddpm_jax.schedules.SCHEDULES or CURVES")
     T: int = option(
-        1000, "number of diffusion steps; default number of sampling steps for a continuous schedule", at_least(1)
+        1000, "number of diffusion steps; for a continuous schedule, the default number of sampling steps", at_least(1)
     )
     parameterization: str = option("eps", "what the network outputs, a name in ddpm_jax.diffusion.PARAMETERIZATIONS")
     weighting: str = option("simple", "loss weight as a function of time, a name in ddpm_jax.diffusion.WEIGHTINGS")
@@ -145,10 +143,7 @@ class Train(Section):
         10, "end the run after so many non-finite steps in a row, or roll-backs to one checkpoint", at_least(1)
     )
     watchdog: int = option(
-        1800,
-        "seconds without a finished step after which all stacks are printed; 0 for never",
-        at_least(0),
-        below(10**6),
+        1800, "seconds without a finished step before all stacks are printed; 0 for never", at_least(0), below(10**6)
     )
     watchdog_abort: bool = option(False, "then also end the process, so that a supervisor can restart it")
     steps_per_call: int = option(
@@ -294,8 +289,7 @@ def load(name: str | Path) -> Config:
         raise ConfigError(f"{error} (in {path})") from error
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
-        line = lines[-1] if lines else None
+        line = next((frame.lineno for frame in reversed(frames) if frame.filename == str(path)), None)
         if isinstance(error, SyntaxError) and error.filename == str(path):
             line = error.lineno
         reason = "it has no get_config()" if isinstance(error, KeyError) and error.args == ("get_config",) else error

@@ -193,8 +193,7 @@ def posthoc_ema(folder: Path, template: Any, sigma_rel: float, step: int | None 
     if error > 0.1:
         warnings.warn(
             f"the average of sigma_rel={sigma_rel} at step {step} is only approximate: {len(found)} snapshots give its "
-            f"weights with an error of {error:.0%}; take a length close to theirs or the step of a snapshot, or save "
-            "more often",
+            f"weights with an error of {error:.0%}; use a closer length or step, or a lower train.average_every",
             stacklevel=2,
         )
     return snapshots.combine(folder, dict(zip(found, coefficients, strict=True)), template)

@@ -49,8 +49,7 @@ def _log_tanh_cdf(z):
     return jax.nn.log_sigmoid(2 * math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))
 
 
-# Log of the standard normal distribution function. The paper's code and its published results use the tanh
-# approximation.
+# Log of the standard normal distribution function. The paper's code and published results use the tanh approximation.
 DECODERS = {"exact": log_ndtr, "tanh": _log_tanh_cdf}
 
 

@@ -118,8 +118,7 @@ def init_state(params, optimizer, time_sampling=TIME_SAMPLINGS["uniform"], lengt
 
 
 def ema_rate(ema_decay, n):
-    """1 - decay of the EMA after n updates. It warms up as 9 / (10 + n), so early averages stay close to the parameters
-    instead of their initialisation."""
+    """1 - decay of the EMA after n updates. The warm-up, 9 / (10 + n), makes it forget the initialisation early."""
     return jnp.maximum(1 - ema_decay, 9 / (10 + n))
 
 
@@ -171,14 +170,8 @@ def make_train_step(
                 for gamma, average in zip(gammas, state.averages, strict=True)
             )
             times = time_sampling.update(state.times, jax.tree.map(lambda x: size * x, statistics))
-            return state._replace(
-                skipped_in_row=jnp.int32(0),
-                params=params,
-                ema_params=ema_params,
-                opt_state=opt_state,
-                times=times,
-                averages=power_averages,
-            )
+            state = state._replace(params=params, ema_params=ema_params, opt_state=opt_state)
+            return state._replace(times=times, averages=power_averages, skipped_in_row=jnp.int32(0))
 
         def skip(state):
             return state._replace(skipped=state.skipped + 1, skipped_in_row=state.skipped_in_row + 1)

@@ -321,9 +321,7 @@ def test_every_spacing_starts_where_pure_noise_belongs(linear, n):
 def test_a_start_from_noise_where_an_image_still_shows_is_warned_of(linear, recwarn):
     for t in (1000, 950):
         report.check_start_snr(linear, t)
-    report.check_start_snr(
-        schedules.from_betas(schedules.linear_betas(200, scale=False)), 200
-    )  # check_terminal_snr warns
+    report.check_start_snr(schedules.from_betas(schedules.linear_betas(200, scale=False)), 200)  # check_terminal_snr's
     assert not recwarn
     left = np.prod(1 - np.linspace(1e-4, 0.02, 1000)[:501])
     with pytest.warns(UserWarning, match=f"x_t at t = 501 of 1000, which keeps {left:.1%} of the image's variance"):

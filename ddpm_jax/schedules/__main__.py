@@ -15,9 +15,7 @@ class Args(options.Arguments):
     T: int = options.option(1000, "steps of a discrete schedule", options.at_least(1))
     zero_terminal_snr: bool = options.option(False, "leave no signal at T")
     resolution: int = options.option(64, "side of the images", options.at_least(1))
-    base_resolution: int = options.option(
-        0, "image side that the schedule is designed for; 0 for any", options.at_least(0)
-    )
+    base_resolution: int = options.option(0, "side that the schedule is designed for; 0 for any", options.at_least(0))
     out: str = options.option("", "PNG file for a plot of the schedule; needs matplotlib")
 
 
