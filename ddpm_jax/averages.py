@@ -57,7 +57,7 @@ def posthoc_coefficients(snapshots, target_step, target_sigma_rel):
     profiles relative to the target's norm; at most 1e-7 if the target is a snapshot. Raises ConfigError for a step
     beyond the snapshots.
 
-    Unlike the paper's, the coefficients sum to 1 (by a Lagrange multiplier), because our networks do not normalise their
+    Unlike the paper's, the coefficients sum to 1 (by a Lagrange multiplier), as our networks do not normalise their
     weights. Without the constraint the sum is 0.9 for sigma_rel 0.28 from ten snapshots each of 0.05 and 0.10.
     """
     last = max(step for step, _ in snapshots)

@@ -193,7 +193,7 @@ class Config:
             )
         for name in ("averages", "evaluate_every"):
             if train.ensemble > 1 and getattr(train, name):
-                raise ConfigError(f"train.{name} does not go with train.ensemble={train.ensemble}")
+                raise ConfigError(f"train.{name} cannot be combined with train.ensemble={train.ensemble}")
         pairs = [("evaluate_every", "log_every"), ("keep_every", "checkpoint_every")]
         intervals = "log_every", "checkpoint_every", "sample_every", "average_every"
         for name, divisor_name in (*pairs, *((name, "steps_per_call") for name in intervals)):
@@ -247,8 +247,8 @@ def from_json(text: str, where: str = "config.json") -> Config:
     known = [name for name, _, _, _ in leaves(Config, Config())]
     for name in given:
         if name not in known:
-            meant = "".join(f"; did you mean {near}?" for near in closest(name, known))
-            raise ConfigError(f"unknown key {name} in {where}{meant}")
+            hint = "".join(f"; did you mean {near}?" for near in closest(name, known))
+            raise ConfigError(f"unknown key {name} in {where}{hint}")
     try:
         return replace(Config(), given)
     except (ConfigError, RecursionError) as error:

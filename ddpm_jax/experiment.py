@@ -29,9 +29,7 @@ class Experiment(NamedTuple):
     parameterization: diffusion.Parameterization
     init: Callable  # key -> params
     net: Callable  # the network itself
-    image_net: (
-        Callable  # the network as a function of x_t (H, W, C): with self-conditioning it first makes its own estimate
-    )
+    image_net: Callable  # the network of x_t (H, W, C), with self-conditioning on its own estimate if configured
     loss: Callable  # of one image, from diffusion.make_loss
     learning_rate: Callable  # number of previous updates -> learning rate
     init_state: Callable  # (params=None) -> TrainState, by default with random parameters

@@ -1,7 +1,6 @@
 """Options as dataclasses: each field has a default, a help text and rules; values are read from text and checked.
 
-The command line, JSON and Python all build the same dataclasses. All therefore pass the same checks, which raise
-`ConfigError` with the name, the value and the rule.
+Values from the command line, JSON and Python pass the same checks. ConfigError gives the name, the value and the rule.
 """
 
 import argparse

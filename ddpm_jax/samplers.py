@@ -218,10 +218,7 @@ def with_preview(sampler: Sampler) -> Sampler:
 
 
 def self_conditioned(sampler: Sampler) -> Sampler:
-    """`sampler` for a network that also takes its previous x_0_hat (Chen et al. 2023): predict(x_t, t, x_0_hat).
-
-    The memory is the same as in with_preview.
-    """
+    """with_preview(sampler) for predict(x_t, t, x_0_hat), which also takes the previous x_0_hat (Chen et al. 2023)."""
     inner = with_preview(sampler)
 
     def step(predict, key, x_t, t, s, memory):

@@ -163,7 +163,7 @@ def make_train_step(
         def update(state):
             n = state.step - state.skipped
             updates, opt_state = optimizer.update(grad, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, jax.tree.map(lambda update: scale * update, updates))
+            params = optax.apply_updates(state.params, jax.tree.map(lambda x: scale * x, updates))
             ema_params = optax.incremental_update(params, state.ema_params, ema_rate(ema_decay, n))
             power_averages = tuple(
                 optax.incremental_update(params, average, averages.update_rate(gamma, n + 1))

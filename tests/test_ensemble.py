@@ -85,8 +85,8 @@ def test_a_member_is_a_config_of_its_own():
     ("changes", "message"),
     [
         ({"train.learning_rates": (1e-3,)}, "has 1 numbers for train.ensemble=2 runs"),
-        ({"train.averages": (0.1,)}, "train.averages does not go with train.ensemble=2"),
-        ({"train.evaluate_every": 100}, "train.evaluate_every does not go with train.ensemble=2"),
+        ({"train.averages": (0.1,)}, "train.averages cannot be combined with train.ensemble=2"),
+        ({"train.evaluate_every": 100}, "train.evaluate_every cannot be combined with train.ensemble=2"),
     ],
 )
 def test_what_does_not_go_with_an_ensemble_is_refused(changes, message):
