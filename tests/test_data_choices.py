@@ -225,7 +225,7 @@ def test_fault_83_a_label_by_its_name():
     ):
         with pytest.raises(ConfigError, match=fragment):
             experiment.find_label(parts, text)
-    with pytest.raises(ConfigError, match="the number of class '2', but there is a class of that name, number 0"):
+    with pytest.raises(ConfigError, match="the number of class '2' and the name of class number 0"):
         experiment.find_label(parts._replace(classes=("1", "2", "3")), "1")
     with pytest.raises(ConfigError, match="has no class names"):
         experiment.find_label(parts._replace(classes=None), "cat")

@@ -28,7 +28,7 @@ MISTAKES = {
     "eps of nothing": ({"zero_terminal_snr": True}, "leaves no signal at T"),
     "error in eps of nothing": (
         {"schedule": "jsd", "parameterization": "v"},
-        r"take v or x_0 with diffusion\.error=output",
+        r"use v or x_0 with diffusion\.error=output",
     ),
     "fault_30 a beta that leaves nothing": (
         {"T": 3, "betas": (0.1, 1.0, 0.2), "train": {"sample_steps": 3}},
