@@ -213,7 +213,7 @@ def measure_sampling(parts, rounds, steps):
     from ddpm_jax import experiment, keys, parallel
 
     indices = np.arange(-(-IMAGES // jax.device_count()) * jax.device_count())
-    labels = experiment.labels_in_turn(parts, indices)
+    labels = experiment.cyclic_labels(parts, indices)
     index, label = parallel.shard((indices, labels))
     root = keys.root(parts.config.train.seed, "sample")
     params = parallel.replicate(jax.jit(parts.init)(root))

@@ -29,7 +29,7 @@ class Args(options.Arguments):
     block: int = options.option(10, "training steps in a block", options.at_least(1))
     num: int = options.option(64, "images in a batch of samples; 0 leaves sampling out", options.at_least(0))
     sample_steps: tuple[int, ...] = options.option(
-        (1000, 50), "steps of ancestral sampling and of DDIM", options.each(options.at_least(2))
+        (1000, 50), "steps of ancestral sampling and of DDIM", options.all_of(options.at_least(2))
     )
     sample_rounds: int = options.option(3, "batches of ours, each between two of theirs", options.at_least(1))
     threads: int = options.option(0, "of PyTorch; 0 for its own choice", options.at_least(0))

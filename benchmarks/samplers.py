@@ -36,7 +36,7 @@ HEAD = "sampler", "spacing", "steps", "evaluations", "ms an image", "KID x 1000"
 class Args(options.Arguments):
     workdir: str = options.option("runs/digits", "folder of the run")
     num: int = options.option(1000, "samples a row", options.at_least(2 * TENTHS))
-    steps: tuple[int, ...] = options.option((10, 20, 50, 1000), "numbers of steps", options.each(options.at_least(1)))
+    steps: tuple[int, ...] = options.option((10, 20, 50, 1000), "numbers of steps", options.all_of(options.at_least(1)))
     weights: str = options.option("ema", "averaged or plain parameters", options.one_of("ema", "raw"))
     batch_size: int = options.option(64, "images at a time, over all devices", options.at_least(1))
     out: str = options.option("", "a file for the table as well")
@@ -78,7 +78,7 @@ def measure(args, say):
     add(*["---"] * 2, *["---:"] * (3 + len(real_cells)))
     add("real images", *[""] * 4, *real_cells)
     params, root, indices = parallel.replicate(params), keys.root(0, "sample"), np.arange(args.num)
-    labels = experiment.labels_in_turn(parts, indices)
+    labels = experiment.cyclic_labels(parts, indices)
     for name, spacing, steps, make in rows:
         generate, seconds = timed(parallel.pmap_generate(make(parts)))
         batches = parallel.generate_batches(generate, params, root, indices, labels, args.batch_size)

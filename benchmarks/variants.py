@@ -70,7 +70,7 @@ def prepare(config):
     batch = jax.tree.map(lambda x: np.stack([x] * number, 1), parallel.shard(batch))
     state, root = parallel.replicate(parts.init_state()), keys.root(0, "train")
     lowered, clock = (
-        parallel.pmap_step(training.several_steps(parts.train_step)).lower(state, batch, root),
+        parallel.pmap_step(training.scan_steps(parts.train_step)).lower(state, batch, root),
         time.perf_counter(),
     )
     compiled = lowered.compile()

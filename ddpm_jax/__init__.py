@@ -1,6 +1,6 @@
 """Denoising Diffusion Probabilistic Models (Ho, Jain & Abbeel 2020) in JAX and Flax.
 
-This file does not import JAX, so that `--help` and argument errors answer before it is loaded.
+This module does not import JAX, so `--help` and argument errors appear without waiting for it.
 """
 
 from ddpm_jax import environment

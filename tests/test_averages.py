@@ -88,7 +88,7 @@ def profiles(snapshots, grid):
 def test_the_fit_is_the_best_one_with_sum_one(target):
     """No step from one snapshot to another brings the profile nearer; distances are sums over a fine grid."""
     snapshots = [(t, length) for t in range(10, 101, 10) for length in TRACKED]
-    coefficients, error = averages.weights(snapshots, *target)
+    coefficients, error = averages.posthoc_coefficients(snapshots, *target)
     assert coefficients.dtype == np.float64
     assert coefficients.sum() == pytest.approx(1, abs=1e-12)
 
@@ -104,7 +104,7 @@ def test_the_fit_is_the_best_one_with_sum_one(target):
 def test_a_snapshot_is_its_own_fit(count):
     snapshots = [(1000 * (n + 1), length) for n in range(count) for length in TRACKED]
     for target in (snapshots[-1], snapshots[len(snapshots) // 2]):
-        coefficients, error = averages.weights(snapshots, *target)
+        coefficients, error = averages.posthoc_coefficients(snapshots, *target)
         assert error < 1e-7
         np.testing.assert_allclose(coefficients, [s == target for s in snapshots], rtol=0, atol=1e-6)
 
@@ -113,9 +113,9 @@ def test_more_snapshots_fit_better_and_close_ones_do_no_harm():
     errors = []
     for count in (2, 8, 32):
         snapshots = [(96_000 // count * (n + 1), length) for n in range(count) for length in TRACKED]
-        errors.append(averages.weights(snapshots, 96_000, 0.15)[1])
+        errors.append(averages.posthoc_coefficients(snapshots, 96_000, 0.15)[1])
     assert errors[0] > 4 * errors[1] > 16 * errors[2]
-    coefficients, error = averages.weights([*snapshots, (96_001, 0.05), (96_001, 0.1)], 96_001, 0.15)
+    coefficients, error = averages.posthoc_coefficients([*snapshots, (96_001, 0.05), (96_001, 0.1)], 96_001, 0.15)
     assert error < 1.1 * errors[2]
     assert np.abs(coefficients).sum() < 5
 
@@ -123,7 +123,7 @@ def test_more_snapshots_fit_better_and_close_ones_do_no_harm():
 @pytest.mark.parametrize("step", [0, -5, 101])
 def test_a_step_beyond_the_snapshots_is_refused(step):
     with pytest.raises(ConfigError, match=f"step={step} .* from 1 to 100"):
-        averages.weights([(100, 0.05), (50, 0.1)], step, 0.07)
+        averages.posthoc_coefficients([(100, 0.05), (50, 0.1)], step, 0.07)
 
 
 def definition(trajectory, t, length):
@@ -196,7 +196,7 @@ def test_an_untracked_average_is_reconstructed(trajectory, saved):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for length, bound in ((0.03, 5e-3), (0.07, 3e-4), (0.15, 3e-4), (0.20, 2e-3), (0.25, 2e-2)):
-            got, wanted = flat(experiment.reconstruct(saved, TEMPLATE, length)), definition(trajectory, STEPS, length)
+            got, wanted = flat(experiment.posthoc_ema(saved, TEMPLATE, length)), definition(trajectory, STEPS, length)
             off = np.linalg.norm(got - wanted) / np.linalg.norm(trajectory[-1] - wanted)
             assert off < bound
 
@@ -204,7 +204,7 @@ def test_an_untracked_average_is_reconstructed(trajectory, saved):
 @pytest.mark.parametrize("step", [None, 4000])
 def test_a_tracked_average_comes_back(tracked, saved, step):
     for k, length in enumerate(TRACKED):
-        tree = experiment.reconstruct(saved, TEMPLATE, length, step)
+        tree = experiment.posthoc_ema(saved, TEMPLATE, length, step)
         np.testing.assert_allclose(flat(tree), tracked[(step or STEPS) - 1, k], rtol=1.2e-7)
         assert jax.tree.structure(tree) == jax.tree.structure(TEMPLATE)
         assert jax.tree.map(lambda x: (x.shape, x.dtype), tree) == jax.tree.map(lambda x: (x.shape, x.dtype), TEMPLATE)
@@ -212,8 +212,8 @@ def test_a_tracked_average_comes_back(tracked, saved, step):
 
 def test_a_step_between_two_snapshots(trajectory, saved):
     """Its profile ends where no snapshot's does, which is told; a random walk hardly shows it."""
-    with pytest.warns(UserWarning, match="only roughly known"):
-        got = flat(experiment.reconstruct(saved, TEMPLATE, 0.10, 3900))
+    with pytest.warns(UserWarning, match="only approximate"):
+        got = flat(experiment.posthoc_ema(saved, TEMPLATE, 0.10, 3900))
     wanted = definition(trajectory, 3900, 0.10)
     assert np.linalg.norm(got - wanted) < 0.01 * np.linalg.norm(trajectory[3899] - wanted)
 
@@ -222,7 +222,7 @@ def test_parameters_that_stand_still_keep_their_value_however_rough_the_fit(tmp_
     for step in (500, 1000):
         snapshots.save(tmp_path, step, {length: as_tree(np.full(9, 3, np.float32)) for length in TRACKED})
     with pytest.warns(UserWarning, match=r"sigma_rel=0.25 at step 1000 .* 4 snapshots .* error of \d\d%"):
-        tree = experiment.reconstruct(tmp_path, TEMPLATE, 0.25)
+        tree = experiment.posthoc_ema(tmp_path, TEMPLATE, 0.25)
     np.testing.assert_allclose(flat(tree), 3, rtol=1e-6)
 
 
@@ -272,7 +272,7 @@ def test_damaged_and_missing_snapshots_are_left_out(trajectory, tracked, folder)
     gone = [(k + 1) * EVERY for k in (3, 5, 7, 9, 11)]
     assert stored == [(n, s) for n in range(EVERY, STEPS + 1, EVERY) if n not in gone for s in TRACKED]
     with pytest.warns(UserWarning, match="left out"):
-        got = flat(experiment.reconstruct(folder, TEMPLATE, 0.15))
+        got = flat(experiment.posthoc_ema(folder, TEMPLATE, 0.15))
     wanted = definition(trajectory, STEPS, 0.15)
     assert np.linalg.norm(got - wanted) < 0.005 * np.linalg.norm(trajectory[-1] - wanted)
 
@@ -282,15 +282,15 @@ def test_nothing_to_use_is_an_error(tmp_path):
         snapshots.stored(tmp_path / "none")
     (tmp_path / "step_000000100.npz").write_bytes(b"PK")
     with pytest.raises(CheckpointError, match="that can be used"), pytest.warns(UserWarning, match="left out"):
-        experiment.reconstruct(tmp_path, TEMPLATE, 0.05)
+        experiment.posthoc_ema(tmp_path, TEMPLATE, 0.05)
 
 
 def test_another_models_snapshots_are_refused(saved):
     template = TEMPLATE | {"scale": jax.ShapeDtypeStruct((2,), jnp.float32)}
     with pytest.raises(CheckpointError, match=r"step_000000200.npz .* scale is \(\), the model has \(2,\)"):
-        experiment.reconstruct(saved, template, 0.05)
+        experiment.posthoc_ema(saved, template, 0.05)
     with pytest.raises(CheckpointError, match=r"more is missing, the model has \(2,\)"):
-        experiment.reconstruct(saved, TEMPLATE | {"more": template["scale"]}, 0.05)
+        experiment.posthoc_ema(saved, TEMPLATE | {"more": template["scale"]}, 0.05)
 
 
 def test_a_snapshot_that_cannot_be_written_is_an_error(tracked, tmp_path):

@@ -39,9 +39,9 @@ def test_help_is_that_of_the_script_and_comes_before_jax(script, package, comman
 @pytest.mark.parametrize(
     ("words", "fragment"),
     [
-        ([], "'' is none of train, sample, evaluate"),
-        (["trian"], "'trian' is none of train, sample, evaluate"),
-        (["--config=digits"], "'--config=digits' is none of"),
+        ([], "'' is not one of train, sample, evaluate"),
+        (["trian"], "'trian' is not one of train, sample, evaluate"),
+        (["--config=digits"], "'--config=digits' is not one of"),
         (["train", "sample"], "unexpected argument 'sample'"),
         (["train", "--workdir"], "expected one argument; see python -m ddpm_jax train --help"),
         (["train", "--config=cifar100"], "no config file cifar100; there are configs/"),

@@ -122,7 +122,7 @@ def test_fault_80_a_range_where_it_has_no_meaning(album):
     with pytest.raises(DataError, match=r"a\.png \(8 bits a value, for which data\.range is not meant\)"):
         load_album(range=(0.0, 4095.0))
     for text in ("9,1", "1", "1,1"):
-        with pytest.raises(ConfigError, match=r"data\.range=.* must be two rising numbers"):
+        with pytest.raises(ConfigError, match=r"data\.range=.* must be two increasing numbers"):
             configs.Data(range=tuple(map(float, text.split(","))))
 
 
@@ -225,9 +225,9 @@ def test_fault_83_a_label_by_its_name():
     ):
         with pytest.raises(ConfigError, match=fragment):
             experiment.find_label(parts, text)
-    with pytest.raises(ConfigError, match="the number of class '2', but there is a class of that name, number 0"):
+    with pytest.raises(ConfigError, match="the number of class '2' and the name of class number 0"):
         experiment.find_label(parts._replace(classes=("1", "2", "3")), "1")
-    with pytest.raises(ConfigError, match="keeps no names"):
+    with pytest.raises(ConfigError, match="has no class names"):
         experiment.find_label(parts._replace(classes=None), "cat")
 
 

@@ -210,7 +210,7 @@ def test_the_sampler_of_the_howto_is_of_second_order(howto, linear):
     errors = []
     for n in (20, 40, 80):
         times, sampler = np.linspace(1000, 200, n + 1).astype(int), samplers.make_sampler("adams", linear)
-        path, _ = samplers.follow(predict, sampler, times, jax.random.key(0), jnp.asarray(x, jnp.float32))
+        path, _ = samplers.run_sampler(predict, sampler, times, jax.random.key(0), jnp.asarray(x, jnp.float32))
         errors.append(np.abs(path[-1] - end).mean())
     orders = np.log2(np.divide(errors[:-1], errors[1:]))
     assert np.all((orders > 1.7) & (orders < 2.4)), orders

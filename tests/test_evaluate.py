@@ -141,7 +141,7 @@ def test_other_kinds_of_runs(tmp_path, script, variant):
     options = [f"--metrics={','.join(evaluations)}", "--ode-steps=4", "--steps=5", "--divergence=hutchinson"]
     code, _, err = script(f"--workdir={tmp_path}", "--num=8", *options)
     # Of twelve times without a signal at the last, the ODE begins at the eleventh.
-    told = "warning: pure noise is taken for x_t at t = 11 of 12" if variant == "no signal" else ""
+    told = "warning: pure noise is used for x_t at t = 11 of 12" if variant == "no signal" else ""
     assert code == 0
     assert err[: len(told) or None] == told
     report = json.loads((tmp_path / "evaluation.json").read_text())

@@ -150,7 +150,7 @@ def test_times_under_the_frames(steps):
     clock = samplers.Sampler(lambda x: x, lambda predict, key, x, t, s, memory: (x * 0 + s, x * 0 + t))
     for preview in (False, True):
         view = (lambda x, memory: memory) if preview else (lambda x, memory: x)
-        path, _ = samplers.follow(None, clock, times, jax.random.key(0), np.float32([0]), 40, view)
+        path, _ = samplers.run_sampler(None, clock, times, jax.random.key(0), np.float32([0]), 40, view)
         np.testing.assert_array_equal(strips.shown(times, 40, preview), path[:, 0])
 
 

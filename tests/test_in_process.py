@@ -46,7 +46,7 @@ def test_the_first_word_is_the_command(argv):
 
 
 def test_one_text_is_no_list_of_options():
-    with pytest.raises(ConfigError, match=r"options are a list, .* not the one text '--workdir=a --num=3'"):
+    with pytest.raises(ConfigError, match=r"options must be a list, .* not the string '--workdir=a --num=3'"):
         program.main("--workdir=a --num=3")
 
 

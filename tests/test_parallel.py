@@ -88,7 +88,7 @@ def test_several_steps_in_a_call_are_the_steps_one_by_one(monkeypatch, backend):
         losses.append(float(metrics["loss"]))
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     stacked = jax.tree.map(lambda *x: np.stack([part.reshape(2, 4, *part.shape[1:]) for part in x], 1), *batches)
-    mapped = parallel.pmap_step(training.several_steps(step), jax.devices()[:2])
+    mapped = parallel.pmap_step(training.scan_steps(step), jax.devices()[:2])
     found, metrics = mapped(start, stacked, ROOT)
     assert int(found.step) == 3
     np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-6)

@@ -193,7 +193,7 @@ def test_a_pipeline_and_our_sampler_make_the_same_pictures(call, tmp_path, optio
     noises = [np.moveaxis(torch.randn((2, 3, 8, 8), generator=generator).numpy(), 1, -1) for _ in range(steps)]
     noises.append(0 * noises[0])  # the step to clean data has none
     sampler = samplers.make_sampler("ddpm", parts.schedule, {"variance": parts.config.diffusion.variance})
-    make = diffusion.make_denoiser_with_variance if sampler.asks_variance else diffusion.make_denoiser
+    make = diffusion.make_denoiser_with_variance if sampler.needs_variance else diffusion.make_denoiser
     predict = make(parts.net, parts.schedule, parts.parameterization, params, limit=diffusion.LIMITS[limit])
 
     @jax.jit

@@ -147,7 +147,7 @@ MISTAKES = {
     "fault_33 image size and levels": (
         ["train.py", "--config.model.multipliers=1,1,1,1,1"],
         2,
-        "8x8 cannot be halved 4 times, as model.multipliers=1,1,1,1,1 asks; sizes that fit: 16x16",
+        "8x8 cannot be halved 4 times, as model.multipliers=1,1,1,1,1 requires; sizes that fit: 16x16",
     ),
     "schedule": (["train.py", "--config.diffusion.schedule=linaer"], 2, "is not one of linear, cosine"),
     "weighting": (["train.py", "--config.diffusion.weighting=none"], 2, "is not one of simple, vlb, min_snr, p2"),

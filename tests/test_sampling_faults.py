@@ -93,8 +93,8 @@ def test_a_mistake_gets_one_line_and_writes_nothing(run, call, tmp_path, mistake
 
 
 def test_fault_71_steps_of_a_continuous_schedule():
-    """It has no T to name, but the times that are told apart."""
-    with pytest.raises(ConfigError, match="steps=100001 must be from 1 to 100000, the times that are told apart"):
+    """It has no T to name, but a resolution."""
+    with pytest.raises(ConfigError, match="steps=100001 must be from 1 to 100000, the resolution of"):
         schedules.make_schedule("vp").times(100_001)
 
 
@@ -210,25 +210,25 @@ def test_fault_75_the_run_its_checkpoints_or_a_step(two, monkeypatch):
     monkeypatch.chdir(two.parent)
     for place in (two, f"{two}/", two.name, f"./{two.name}/", home, f"{home}/", f"{two}/../{two.name}"):
         for inside, step in (("", None), ("checkpoints", None), ("checkpoints/", None), ("checkpoints/3", 3)):
-            run, found = experiment.find(os.path.join(place, inside))
+            run, found = experiment.find_run(os.path.join(place, inside))
             assert run.samefile(two)
             assert found == step
     monkeypatch.chdir(two / "checkpoints" / "3")
-    assert experiment.find(".")[1] == 3
-    assert experiment.find("..")[1] is None
-    assert experiment.find("../..", 3) == (Path("../.."), 3)
-    assert experiment.find(".", 3)[1] == 3
-    with pytest.raises(ConfigError, match=r"--workdir=\. is another step than --step=5"):
-        experiment.find(".", 5)
+    assert experiment.find_run(".")[1] == 3
+    assert experiment.find_run("..")[1] is None
+    assert experiment.find_run("../..", 3) == (Path("../.."), 3)
+    assert experiment.find_run(".", 3)[1] == 3
+    with pytest.raises(ConfigError, match=r"--workdir=\. and --step=5 are different steps"):
+        experiment.find_run(".", 5)
 
 
 def test_fault_75_a_run_in_a_folder_with_an_odd_name(two, tmp_path):
     """A run in runs/checkpoints/7 is a run, not step 7 of one; links lead to where they point."""
     for name in ("checkpoints/7", "checkpoints"):
         (tmp_path / name / "checkpoints").mkdir(parents=True, exist_ok=True)
-        assert experiment.find(tmp_path / name) == (tmp_path / name, None)
+        assert experiment.find_run(tmp_path / name) == (tmp_path / name, None)
     (tmp_path / "link").symlink_to(two)
-    assert experiment.find(tmp_path / "link" / "checkpoints" / "5") == (tmp_path / "link", 5)
+    assert experiment.find_run(tmp_path / "link" / "checkpoints" / "5") == (tmp_path / "link", 5)
 
 
 @pytest.mark.parametrize("place", ["", "checkpoints/7", "two/checkpoints/x", "two/samples", "~nobody/run"])
@@ -236,7 +236,7 @@ def test_fault_75_no_run(two, tmp_path, place):
     (tmp_path / "two").symlink_to(two)
     place = place if place.startswith("~") else str(tmp_path / place)
     with pytest.raises(CheckpointError, match="there is no run in"):
-        experiment.find(place)
+        experiment.find_run(place)
 
 
 @pytest.mark.slow

@@ -51,7 +51,7 @@ def dry_run(config, say):
 def compiles_slowly(parts):
     """Whether the network has minimal filtering of large images, which XLA for CPU takes long to compile."""
     model = parts.config.model
-    wide = model.dtype == "float32" and model.channels * max(model.multipliers) >= convolutions.WIDE
+    wide = model.dtype == "float32" and model.channels * max(model.multipliers) >= convolutions.MIN_CHANNELS
     return jax.default_backend() == "cpu" and wide and max(parts.shape[:2]) > LARGE
 
 

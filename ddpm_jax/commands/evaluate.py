@@ -25,7 +25,7 @@ class Args(options.Arguments):
     metrics: tuple[str, ...] = options.option(
         ("nll",),
         "what to measure, of " + ",".join(METRICS),
-        options.each(options.one_of(*METRICS)),
+        options.all_of(options.one_of(*METRICS)),
         ("at least one of " + ", ".join(METRICS), len),
     )
     num: int = options.option(1000, "images: the first of the data for nll, ode, mse; samples", options.at_least(1))
@@ -33,7 +33,7 @@ class Args(options.Arguments):
     other_data: bool = options.option(False, "take data that are not those of the run's fingerprint")
     split: str = options.option("", "split of the data, spelled as data.split; the run's own when empty")
     weights: str = options.option(
-        "ema", "averaged or plain parameters, or the length (sigma_rel) of a post-hoc average", options.which_weights
+        "ema", "averaged or plain parameters, or the length (sigma_rel) of a post-hoc average", options.weights_choice
     )
     member: int = options.option(0, "of an ensemble, the run to take", options.at_least(0))
     sampler: str = options.option("ddpm", "of the samples, a name in ddpm_jax.samplers.SAMPLERS")
@@ -74,7 +74,7 @@ def main(argv=None):
     from ddpm_jax import experiment, parallel
     from ddpm_jax.run import checkpoint, signals
 
-    workdir, step = (None, None) if args.samples else experiment.find(args.workdir, args.step)
+    workdir, step = (None, None) if args.samples else experiment.find_run(args.workdir, args.step)
     samples = expand(args.samples)
     beside = samples.with_suffix(".json") if samples.is_file() else samples / "evaluation.json"
     out = expand(args.out or (beside if args.samples else workdir / "evaluation.json"))

@@ -37,7 +37,7 @@ def make_grid_writer(parts, workdir, feed):
                 mark, own = "", params
                 if config.ensemble > 1:
                     mark, own = f"_member_{i}", jax.tree.map(lambda x, i=i: x[i], params)
-                seed = experiment.member(parts.config, i).train.seed
+                seed = experiment.member_config(parts.config, i).train.seed
                 pictures[f"samples{mark}"] = write(own, seed, f"step_{step:09}{mark}.png")
         except (OSError, errors.UserError) as error:
             warnings.warn(f"there is no grid of samples at step {step}: {error}", stacklevel=2)

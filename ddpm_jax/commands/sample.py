@@ -34,7 +34,7 @@ class Args(options.Arguments):
     variance: str | None = options.option(None, "of the sampler ddpm, a name in ddpm_jax.diffusion.VARIANCES")
     limit: str = options.option("clip", "on x_0_hat, a name in ddpm_jax.diffusion.LIMITS")
     weights: str = options.option(
-        "ema", "averaged or plain parameters, or the length (sigma_rel) of a post-hoc average", options.which_weights
+        "ema", "averaged or plain parameters, or the length (sigma_rel) of a post-hoc average", options.weights_choice
     )
     member: int = options.option(0, "of an ensemble, the run to take", options.at_least(0))
     label: str | None = options.option(None, "class of all images, a number or a name; without it each in turn")
@@ -79,7 +79,7 @@ def main(argv=None):
     from ddpm_jax import experiment, keys, parallel, program
     from ddpm_jax.run import shards
 
-    workdir, step = experiment.find(args.workdir, args.step)
+    workdir, step = experiment.find_run(args.workdir, args.step)
     out, indices = expand(args.out or workdir / "out"), np.arange(1 if args.reconstruct else args.num)
     begun = (out / shards.SETTINGS).exists()  # and perhaps to be gone on with, which is seen to below
     for name in () if args.overwrite or begun else [*files(args, indices), *(at.name for at in shards.files(out))]:
@@ -220,7 +220,7 @@ def choose_labels(label, parts, indices):
     from ddpm_jax import experiment
 
     if label is None:
-        return experiment.labels_in_turn(parts, indices)
+        return experiment.cyclic_labels(parts, indices)
     return indices * 0 + experiment.find_label(parts, label)
 
 

@@ -61,7 +61,7 @@ class Args(options.Arguments):
 @log.quiet()
 def main(argv=None):
     """The exit code of training with the options `argv`, those of the program when None."""
-    argv = options.words(argv)
+    argv = options.command_line(argv)
     args = commands.parse(Args, argv, "train", __doc__, configs.load)
     if args.strict_data:
         args = options.replace(args, {"config.data.max_unreadable": 0.0})

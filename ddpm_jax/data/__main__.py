@@ -29,7 +29,7 @@ class Args(options.Arguments):
 @without_warnings_of_absl()  # TFDS warns of what is as it should be
 def main(argv=None):
     """Print what the data are, one fact a line."""
-    argv = options.first_named(options.words(argv), "source")
+    argv = options.positional_to_options(options.command_line(argv), "source")
     args = options.parse(Args, argv, "-m ddpm_jax.data SOURCE", __doc__)
     if not args.source:
         raise errors.ConfigError("name a source, for example python -m ddpm_jax.data folder:my_pictures")

@@ -56,22 +56,24 @@ def _reading(images, index):
 
 
 @functools.lru_cache(maxsize=2)
-def _permutation(n, seed, epoch, again):
-    return np.random.default_rng([seed, epoch, again]).permutation(n)
+def _permutation(n, seed, epoch, rollbacks):
+    return np.random.default_rng([seed, epoch, rollbacks]).permutation(n)
 
 
-def batch(dataset: Dataset, seed: int, step: int, batch_size: int, rows=slice(None), again=0) -> dict[str, np.ndarray]:
+def batch(
+    dataset: Dataset, seed: int, step: int, batch_size: int, rows=slice(None), rollbacks=0
+) -> dict[str, np.ndarray]:
     """The batch of `step` (counted from 0): {"index": int32 (b,), "image": uint8 (b, H, W, C), "label"?: int32 (b,)}.
 
     Each epoch is a permutation of its own, cut into N // batch_size batches; the few images left over sit that epoch
-    out. `rows` is the part of the batch that this process reads; another `again` gives other epochs. Raises DataError
-    when the data fill no batch.
+    out. `rows` is the part of the batch that this process reads; each number of `rollbacks` gives other epochs. Raises
+    DataError when the data fill no batch.
     """
     n = len(dataset.images)
     if n < batch_size:
         raise DataError(f"the data set has {n} images, fewer than train.batch_size={batch_size}; take a smaller batch")
     epoch, position = divmod(step, n // batch_size)
-    index = _permutation(n, seed, epoch, again)[position * batch_size : (position + 1) * batch_size][rows]
+    index = _permutation(n, seed, epoch, rollbacks)[position * batch_size : (position + 1) * batch_size][rows]
     in_order = np.argsort(index)  # read a memory map front to back
     image = np.empty((len(index), *dataset.images.shape[1:]), np.uint8)
     with _reading(dataset.images, index[in_order]) if dataset.images.nbytes > LARGE else contextlib.nullcontext():

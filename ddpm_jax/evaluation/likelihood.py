@@ -8,7 +8,7 @@ import numpy as np
 
 from ddpm_jax import diffusion, keys, likelihood, parallel
 from ddpm_jax.errors import ConfigError, Diverged
-from ddpm_jax.schedules.report import warn_of_start
+from ddpm_jax.schedules.report import check_start_snr
 
 EXACT = 16  # dimensions up to which a divergence is exact unless another is asked for
 
@@ -41,9 +41,9 @@ def make_plan(parts, metrics, steps=0, spacing="trailing", ode_steps=100, decode
     ode = {"divergence": divergence, "limit": "none", "dequantization": "uniform", "spacing": "logsnr"}
     ode |= {"times": times, "network_evaluations": 2 * calls * (len(times) - 2)}
     if "nll" in metrics:
-        warn_of_start(schedule, bound["times"][0])
+        check_start_snr(schedule, bound["times"][0])
     if "ode" in metrics:
-        warn_of_start(schedule, ode["times"][0], "the larger diffusion.T, the less is left where the ODE can begin")
+        check_start_snr(schedule, ode["times"][0], "the larger diffusion.T, the less is left where the ODE can begin")
     return {"metrics": tuple(metrics), "bound": bound, "ode": ode}
 
 

@@ -32,7 +32,7 @@ class Export(options.Arguments):
     workdir: str = options.option("", "folder of the run, or of one step of it; the first word")
     path: str = options.option("", "folder or FILE.safetensors to write; the second word")
     weights: str = options.option(
-        "ema", "averaged or plain parameters, or the length (sigma_rel) of a post-hoc average", options.which_weights
+        "ema", "averaged or plain parameters, or the length (sigma_rel) of a post-hoc average", options.weights_choice
     )
     member: int = options.option(0, "of an ensemble, the run to take", options.at_least(0))
     step: int = options.option(0, "of the checkpoint; 0 for the newest", options.at_least(0))
@@ -42,14 +42,14 @@ class Export(options.Arguments):
 
 @log.quiet()
 def main(argv=None):
-    command, *rest = words = options.words(argv) or [""]
+    command, *rest = words = options.command_line(argv) or [""]
     if command in ("-h", "--help"):
         print(__doc__)
         return 0
     if command not in COMMANDS:
         raise errors.ConfigError(f"{command!r} is neither import nor export; see python -m ddpm_jax.interop --help")
     arguments, names, work = COMMANDS[command]
-    argv = options.first_named(rest, *names)
+    argv = options.positional_to_options(rest, *names)
     args = options.parse(arguments, argv, f"-m ddpm_jax.interop {command}", work.__doc__)
     if not args.path or not args.workdir:
         raise errors.ConfigError(
@@ -106,7 +106,7 @@ def export_run(args, path, argv):
     from ddpm_jax import experiment
     from ddpm_jax.interop import released
 
-    workdir, step = experiment.find(args.workdir, args.step)
+    workdir, step = experiment.find_run(args.workdir, args.step)
     there = [name for name in released.names(path) if name.exists()]
     if there and not args.overwrite:
         raise errors.ConfigError(f"{there[0]} already exists; take another --path, or say --overwrite")

@@ -1,4 +1,4 @@
-"""Networks of one image, (init, net): init(key) -> params, net(params, x_t, t, key=None, label=None) -> output.
+"""Networks for one image, as (init, net): init(key) -> params, net(params, x_t, t, key=None, label=None) -> output.
 
-The only room that says Flax.
+The only package that uses Flax.
 """

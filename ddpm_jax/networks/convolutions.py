@@ -1,6 +1,6 @@
-"""3x3 convolutions of the U-Net in other forms than XLA's, where these are faster; values differ by rounding only.
+"""Faster implementations of the U-Net's 3x3 convolutions. They differ from XLA's by rounding only.
 
-The functions have the arguments that nn.Conv gives its `conv_general_dilated`. x: (N, H, W, C), kernel: (3, 3, C, F).
+The signatures fit the `conv_general_dilated` argument of nn.Conv. x: (N, H, W, C), kernel: (3, 3, C, F).
 """
 
 import contextlib
@@ -12,43 +12,43 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-WIDE = 128  # channels from which minimal filtering is faster on a CPU; at 32 and 64 it was slower
+MIN_CHANNELS = 128  # from this number on, minimal filtering is faster on CPU; with 32 and 64 channels it was slower
 
 
 def same(x, kernel, *_, **__):
-    """The SAME convolution, (N, H, W, F); of many channels on a CPU by minimal filtering, else XLA's own."""
-    halves = x.shape[1] % 2 == x.shape[2] % 2 == 0
-    if halves and x.dtype == jnp.float32 and min(kernel.shape[2:]) >= WIDE:
+    """The SAME convolution, (N, H, W, F): minimal filtering for many channels on CPU, otherwise XLA's own."""
+    even = x.shape[1] % 2 == x.shape[2] % 2 == 0
+    if even and x.dtype == jnp.float32 and min(kernel.shape[2:]) >= MIN_CHANNELS:
         return _same.bind(x, kernel)
     return direct(x, kernel)
 
 
 @contextlib.contextmanager
 def direct_only():
-    """Within it, networks are traced without minimal filtering, which XLA compiles the slower the larger the images."""
-    global WIDE
-    usual, WIDE = WIDE, math.inf
+    """Trace networks without minimal filtering, whose compilation time grows with the size of the images."""
+    global MIN_CHANNELS
+    previous, MIN_CHANNELS = MIN_CHANNELS, math.inf
     try:
         yield
     finally:
-        WIDE = usual
+        MIN_CHANNELS = previous
 
 
-def doubled(x, kernel, *_, **__):
-    """The SAME convolution of x with each pixel repeated 2x2, (N, 2 H, 2 W, F).
+def upsampled(x, kernel, *_, **__):
+    """The SAME convolution of x after nearest-neighbour upsampling, (N, 2 H, 2 W, F).
 
-    There every window sees only 2x2 different pixels, with one of four sums of the kernel's rows and columns; these are
-    four convolutions of x itself, with 4/9 of the products.
+    Each window covers only 2x2 different pixels, so it is one of four convolutions of x itself. Their 2x2 kernels are
+    sums of rows and columns of the kernel, with 4/9 of the multiplications.
     """
 
-    def halves(kernel, axis):
+    def fold(kernel, axis):
         first, middle, last = jnp.split(kernel, 3, axis)
         return jnp.concatenate([first, middle + last], axis), jnp.concatenate([first + middle, last], axis)
 
     return _interleave(
         [
-            [direct(x, k, [(1 - i, i), (1 - j, j)]) for j, k in enumerate(halves(row, 1))]
-            for i, row in enumerate(halves(kernel, 0))
+            [direct(x, k, [(1 - i, i), (1 - j, j)]) for j, k in enumerate(fold(rows, 1))]
+            for i, rows in enumerate(fold(kernel, 0))
         ]
     )
 
@@ -59,22 +59,22 @@ def direct(x, kernel, padding="SAME"):
 
 
 def minimal_filtering(x, kernel):
-    """The SAME convolution for even H and W, by F(2x2, 3x3) of Lavin & Gray 2016 (arXiv:1509.09308, section 4.1).
+    """The SAME convolution for even H, W (Winograd): F(2x2, 3x3) of Lavin & Gray 2016 (arXiv:1509.09308, section 4.1).
 
-    Two neighbours of a convolution with three weights take four products in place of six, both ways a tile of 2x2
-    takes 16 in place of 36. Of each of the 16 all tiles together are one product of matrices, (N H W / 4, C) by (C, F).
+    In 1D, two outputs of a convolution with three weights need 4 products instead of 6; in 2D, a tile of 2x2 outputs
+    needs 16 instead of 36. For all tiles, each of the 16 is a matrix product of (N H W / 4, C) by (C, F).
     """
 
-    def inputs(a, b, c, d):
+    def transform_input(a, b, c, d):
         return a - c, b + c, c - b, b - d
 
-    def weights(a, b, c):
+    def transform_kernel(a, b, c):
         return a, (a + b + c) / 2, (a - b + c) / 2, c
 
-    def outputs(a, b, c, d):
+    def transform_output(a, b, c, d):
         return a + b + c, b - c - d
 
-    def both_ways(function, grid):
+    def on_both_axes(function, grid):
         return [function(*column) for column in zip(*(function(*row) for row in grid), strict=True)]
 
     n, height, width, channels = x.shape
@@ -82,10 +82,10 @@ def minimal_filtering(x, kernel):
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).reshape(n, h + 1, 2, w + 1, 2, channels)
     rows, columns = ([(slice(i, i + size), parity) for i in (0, 1) for parity in (0, 1)] for size in (h, w))
     tiles = [[x[:, *row, *column].reshape(n * h * w, channels) for column in columns] for row in rows]
-    terms = zip(both_ways(inputs, tiles), both_ways(weights, kernel), strict=True)
-    # The barrier keeps XLA from moving the transposition of a gradient from the product, where it is free, before it.
-    products = [[lax.optimization_barrier(v @ u) for v, u in zip(*row, strict=True)] for row in terms]
-    return _interleave([[y.reshape(n, h, w, -1) for y in row] for row in both_ways(outputs, products)])
+    factors = zip(on_both_axes(transform_input, tiles), on_both_axes(transform_kernel, kernel), strict=True)
+    # The barrier keeps a gradient's transpose in the product, where it is free; XLA would move it before the product.
+    products = [[lax.optimization_barrier(v @ u) for v, u in zip(*row, strict=True)] for row in factors]
+    return _interleave([[y.reshape(n, h, w, -1) for y in row] for row in on_both_axes(transform_output, products)])
 
 
 def _interleave(parts):
@@ -95,55 +95,55 @@ def _interleave(parts):
     return jnp.stack(rows, 2).reshape(n, 2 * height, 2 * width, features)
 
 
-def _input_gradient_of(form):
-    """The function (gradient of form(x, kernel), kernel) -> gradient of x."""
+def _input_gradient_of(convolve):
+    """The function (gradient of the output, kernel) -> gradient of x, for convolve(x, kernel)."""
 
     def input_gradient(y, kernel):
         x = jax.ShapeDtypeStruct((*y.shape[:-1], kernel.shape[2]), y.dtype)
-        return jax.linear_transpose(lambda x: form(x, kernel), x)(y)[0]
+        return jax.linear_transpose(lambda x: convolve(x, kernel), x)(y)[0]
 
     return input_gradient
 
 
-def _kernel_gradient_of(form):
-    """The function (gradient of form(x, kernel), x) -> gradient of the kernel."""
+def _kernel_gradient_of(convolve):
+    """The function (gradient of the output, x) -> gradient of the kernel, for convolve(x, kernel)."""
 
     def kernel_gradient(y, x):
         kernel = jax.ShapeDtypeStruct((3, 3, x.shape[-1], y.shape[-1]), x.dtype)
-        return jax.linear_transpose(lambda kernel: form(x, kernel), kernel)(y)[0]
+        return jax.linear_transpose(lambda kernel: convolve(x, kernel), kernel)(y)[0]
 
     return kernel_gradient
 
 
-def _late(gradient):
-    """The function `gradient` (y, other), of which XLA has `other` only once it has y.
+def _deferred(gradient):
+    """`gradient`(y, other) in which `other` depends on y, so that XLA does not transform it before y is known.
 
-    It would make the terms of `other` on the way forwards and keep them, twice or four times as large.
+    Otherwise XLA would do so in the forward pass and keep the result, which is two or four times as large as `other`.
     """
     return lambda y, other: gradient(y, other + 0 * y[0, 0, 0, 0])
 
 
-# The convolution and its two gradients are primitives, for two reasons. Which form they take is chosen when the
-# platform is known. And under vmap the batch joins the images; in a product of matrices it would stay apart from the
-# rows, and the gradient of a kernel would be slow. Each is linear in both arguments; its transposes are the other two.
+# The convolution and its two gradients are primitives for two reasons: the implementation is chosen when the platform
+# is known, and vmap merges its axis into that of the images. As a separate axis in the matrix products it would make
+# the gradient of a kernel slow. Each primitive is linear in both arguments; its transposes are the other two.
 
 
-def _primitive(name, form, on_cpu, shape, joins=True):
-    """A primitive of two arrays; `joins`: it treats the images of its first argument one by one."""
+def _primitive(name, default, on_cpu, shape, merge_batch=True):
+    """A primitive of two arrays. merge_batch: vmap may merge its axis into the images of the first argument."""
     primitive = Primitive(name)
     primitive.def_impl(jax.jit(primitive.bind))
     primitive.def_abstract_eval(lambda a, b: jax.core.ShapedArray(shape(a.shape, b.shape), a.dtype))
-    mlir.register_lowering(primitive, mlir.lower_fun(jax.jit(form), multiple_results=False))
+    mlir.register_lowering(primitive, mlir.lower_fun(jax.jit(default), multiple_results=False))
     mlir.register_lowering(primitive, mlir.lower_fun(jax.jit(on_cpu), multiple_results=False), platform="cpu")
 
-    def of_batch(arguments, axes):
-        if not joins or axes[1] is not None:
-            return jax.vmap(form, axes)(*arguments), 0
+    def batched(arguments, axes):
+        if not merge_batch or axes[1] is not None:
+            return jax.vmap(default, axes)(*arguments), 0
         images = jnp.moveaxis(arguments[0], axes[0], 0)
         result = primitive.bind(images.reshape(-1, *images.shape[2:]), arguments[1])
         return result.reshape(*images.shape[:-1], -1), 0
 
-    batching.primitive_batchers[primitive] = of_batch
+    batching.primitive_batchers[primitive] = batched
     return primitive
 
 
@@ -151,15 +151,15 @@ _same = _primitive("same", direct, minimal_filtering, lambda x, kernel: (*x[:-1]
 _input_gradient = _primitive(
     "same_input_gradient",
     _input_gradient_of(direct),
-    _late(_input_gradient_of(minimal_filtering)),
+    _deferred(_input_gradient_of(minimal_filtering)),
     lambda y, kernel: (*y[:-1], kernel[2]),
 )
 _kernel_gradient = _primitive(
     "same_kernel_gradient",
     _kernel_gradient_of(direct),
-    _late(_kernel_gradient_of(minimal_filtering)),
+    _deferred(_kernel_gradient_of(minimal_filtering)),
     lambda y, x: (3, 3, x[-1], y[-1]),
-    joins=False,
+    merge_batch=False,
 )
 ad.defbilinear(_same, lambda y, x, k: _input_gradient.bind(y, k), lambda y, x, k: _kernel_gradient.bind(y, x))
 ad.defbilinear(_input_gradient, lambda x, y, k: _same.bind(x, k), lambda x, y, k: _kernel_gradient.bind(y, x))

@@ -1,10 +1,9 @@
 """The U-Net of Ho et al. 2020 (appendix B) for one image, in Flax Linen.
 
-Nothing outside this file knows Linen: `make_unet` hands out two pure functions. Choices of the paper's code that its
-text leaves open: group norm with 32 groups and eps 1e-6; attention after every block of a level, also on the way up,
-and between the two middle blocks; the last convolution of each block, of the attention and of the network start at
-zero; a strided convolution pads (0, 1), which is what SAME means for an even side. The last five fields of UNet are
-what the released networks of others do differently.
+`make_unet` returns two pure functions, so no other file needs Linen. Details that the paper leaves open are those of
+its code: group norm has 32 groups and eps 1e-6; attention follows every block of a level, also on the way up, and the
+first middle block; the last layer of each block, of the attention and of the network starts at zero; a strided
+convolution pads (0, 1), as SAME does for even sides. The last five fields of UNet are variants in other codebases.
 """
 
 import math
@@ -24,9 +23,9 @@ fan_avg = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 def time_embedding(t, channels, scale=1.0, shift=1, cos_first=False):
     """sin and cos of (scale t - 1) at `channels` / 2 frequencies from 1 to 1/10000: (channels,).
 
-    The paper's code counts its steps from 0, so t - 1 is what its network was fed; the -1 is here and nowhere else.
-    `scale` brings the times of other schedules to about 1..1000. Nichol & Dhariwal 2021 have the cosines first, and
-    with a `shift` of 0 end one frequency short of 1/10000.
+    The paper's code counts steps from 0 and feeds t - 1 to its network; that -1 is only here. `scale` maps the times of
+    other schedules to about 1..1000. Nichol & Dhariwal 2021 put the cosines first and use a `shift` of 0, which ends
+    one frequency short of 1/10000.
     """
     half = channels // 2
     frequencies = jnp.exp(-math.log(10000) * jnp.arange(half) / (half - shift))
@@ -35,14 +34,14 @@ def time_embedding(t, channels, scale=1.0, shift=1, cos_first=False):
     return jnp.pad(jnp.concatenate(waves), (0, channels % 2))
 
 
-def convolution(features, dtype, stride=1, zero=False, name=None, padding="SAME", double=False):
-    """A 3x3 convolution (H, W, C) -> (H / stride, W / stride, features); every one of the network is made here.
+def convolution(features, dtype, stride=1, zero=False, name=None, padding="SAME", upsample=False):
+    """A 3x3 convolution (H, W, C) -> (H / stride, W / stride, features); all of the network's are made here.
 
-    With `double` the pixels are repeated first, (H, W, C) -> (2 H, 2 W, features).
+    With `upsample` it follows nearest-neighbour upsampling: (H, W, C) -> (2 H, 2 W, features).
     """
     init = nn.initializers.zeros if zero else fan_avg
-    form = convolutions.doubled if double else convolutions.same
-    options = {"conv_general_dilated": form} if stride == 1 else {}
+    implementation = convolutions.upsampled if upsample else convolutions.same
+    options = {"conv_general_dilated": implementation} if stride == 1 else {}
     return nn.Conv(features, (3, 3), stride, padding, dtype=dtype, kernel_init=init, name=name, **options)
 
 
@@ -51,10 +50,10 @@ def dense(features, dtype, zero=False, name=None):
 
 
 class GroupNorm(nn.Module):
-    """Group norm of an image, in float32: each group of channels to mean 0 and variance 1, then scale and bias.
+    """Group norm of an image, in float32: each group of channels has mean 0 and variance 1, then scale and bias.
 
-    The sums go over the pixels of each channel first and over the channels of a group last, which XLA does on a CPU 15
-    times faster than the sum over a group at once, that of nn.GroupNorm.
+    Averages are taken over the pixels of each channel first, then over the channels of a group. XLA on CPU does this 15
+    times faster than a single sum over the group, as in nn.GroupNorm.
     """
 
     groups: int
@@ -75,12 +74,12 @@ class GroupNorm(nn.Module):
 
 
 def group_norm(groups, channels, name=None, block="the U-Net", epsilon=1e-6):
-    """The GroupNorm of `channels` in `groups`, or in "auto"; ConfigError, which names the block, if they do not fit."""
+    """GroupNorm of `channels` in `groups` (or "auto"). ConfigError, which names `block`, if they do not divide."""
     groups = largest_divisor(channels) if groups == "auto" else groups
     if channels % groups:
         raise ConfigError(
             f"model.groups={groups} does not divide the {channels} channels of {block}; "
-            f"take model.channels that are a multiple of {groups}, or model.groups=auto"
+            f"use model.channels that are a multiple of {groups}, or model.groups=auto"
         )
     return GroupNorm(groups, epsilon, name=name)
 
@@ -112,9 +111,9 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the pixels, (H, W, C) -> (H, W, C), the softmax in float32.
+    """Self-attention over the pixels, (H, W, C) -> (H, W, C), with the softmax in float32.
 
-    With `head_channels` the heads have that size, whatever their number.
+    `head_channels`, if not 0, fixes the size of a head instead of their number.
     """
 
     num_heads: int
@@ -177,7 +176,7 @@ class UNet(nn.Module):
             time_embedding(t, self.channels, self.time_scale, self.frequency_shift, self.cos_first)
         )
         embedding = dense(4 * self.channels, self.dtype, name="time_2")(nn.swish(embedding))
-        if self.num_classes:  # the entry after the last class: no label; trained only if labels are dropped
+        if self.num_classes:  # the last entry means no label; it is trained only with label dropout
             label = jnp.asarray(self.num_classes if label is None else label)
             embedding += nn.Embed(self.num_classes + 1, 4 * self.channels, dtype=self.dtype, name="label")(label)
 
@@ -202,7 +201,7 @@ class UNet(nn.Module):
                 h = jnp.concatenate([h, skips.pop()], -1)
                 h = attend(block(h, width, f"up_{level}_block_{i}"), f"up_{level}_attention_{i}")
             if level:
-                h = convolution(width, self.dtype, name=f"up_{level}_double", double=True)(h)
+                h = convolution(width, self.dtype, name=f"up_{level}_double", upsample=True)(h)
 
         h = nn.swish(group_norm(self.groups, h.shape[-1], "norm_out", epsilon=self.norm_eps)(h))
         return convolution(self.out_channels, jnp.float32, zero=True, name="conv_out")(h)
@@ -213,9 +212,9 @@ def make_unet(shape, learned_variance=False, self_conditioning=False, time_scale
 
     init(key) -> params, a tree of float32 arrays.
     net(params, x_t, t, key=None, label=None) -> (H, W, C) float32, or (H, W, 2C) with `learned_variance`. A key means
-    training (dropout), none means evaluation. x_t: float32 (H, W, C), or (H, W, 2C) with `self_conditioning`; t: scalar
-    in 1..T, or one that `time_scale` brings there; label: class or None.
-    Raises ConfigError for a size that the levels do not halve, or widths that groups or heads do not divide.
+    training (dropout), None means evaluation. x_t: float32 (H, W, C), or (H, W, 2C) with `self_conditioning`; t: scalar
+    in 1..T after scaling by `time_scale`; label: class or None.
+    Raises ConfigError for sizes that cannot be halved at every level, and for widths not divisible by groups or heads.
     """
     _check_size(shape, options["multipliers"], options["attention_resolutions"])
     options["dtype"] = jnp.dtype(options["dtype"])
@@ -229,12 +228,12 @@ def make_unet(shape, learned_variance=False, self_conditioning=False, time_scale
         rngs = None if key is None else {"dropout": key}
         return module.apply({"params": params}, x_t, t, label, rngs=rngs)
 
-    jax.eval_shape(init, jax.random.key(0))  # meets every layer, and so every width that does not fit
+    jax.eval_shape(init, jax.random.key(0))  # builds every layer, so that unsuitable widths raise here
     return init, net
 
 
 def largest_divisor(channels, limit=32):
-    """How many groups model.groups=auto makes of `channels`."""
+    """The number of groups that model.groups=auto gives `channels`."""
     return max(g for g in range(1, limit + 1) if channels % g == 0)
 
 
@@ -246,7 +245,7 @@ def _check_size(shape, multipliers, attention_resolutions):
         fits = " or ".join(f"{h}x{w}" for h, w in dict.fromkeys(zip(low, high, strict=True)))
         raise ConfigError(
             f"images of {height}x{width} cannot be halved {len(multipliers) - 1} times, "
-            f"as model.multipliers={','.join(map(str, multipliers))} asks; sizes that fit: {fits}"
+            f"as model.multipliers={','.join(map(str, multipliers))} requires; sizes that fit: {fits}"
         )
     sides = [min(height, width) // 2**level for level in range(len(multipliers))]
     for side in set(attention_resolutions) - set(sides):

@@ -25,7 +25,7 @@ class Args(options.Arguments):
     seed: int = options.option(0, "seed of the images", options.at_least(0), options.below(2**32))
     steps: int = options.option(0, "sampling steps; 0 for train.sample_steps", options.at_least(0))
     weights: str = options.option(
-        "ema", "averaged or plain parameters, or the length (sigma_rel) of a post-hoc average", options.which_weights
+        "ema", "averaged or plain parameters, or the length (sigma_rel) of a post-hoc average", options.weights_choice
     )
     member: int = options.option(0, "of an ensemble, the run to draw", options.at_least(0))
     out: str = options.option("", "folder of the plots, page and card; WORKDIR/plots, and WORKDIR, when empty")
@@ -39,7 +39,7 @@ class Args(options.Arguments):
 @log.quiet()
 def main(argv=None):
     """The exit code of plotting with the options `argv`, those of the program when None."""
-    argv = options.first_named(options.words(argv), "workdir")
+    argv = options.positional_to_options(options.command_line(argv), "workdir")
     args = options.parse(Args, argv, "-m ddpm_jax.plots RUN", __doc__)
     if not args.workdir:
         raise errors.ConfigError("name a run, for example python -m ddpm_jax.plots runs/digits")
@@ -49,7 +49,7 @@ def main(argv=None):
     from ddpm_jax.run import checkpoint
 
     figures.check()
-    run, step = experiment.find(args.workdir, args.step)
+    run, step = experiment.find_run(args.workdir, args.step)
     out, beside = (expand(args.out),) * 2 if args.out else (run / "plots", run)
     metrics, evaluation = records.metrics(run / "metrics.jsonl"), records.evaluation(run / "evaluation.json")
     starts, grids = records.starts(run / "run.json"), records.grids(run / "samples", args.member)

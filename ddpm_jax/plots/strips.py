@@ -43,7 +43,7 @@ def reverse(parts, params, num, steps, seed=0, preview=False):
 
 
 def shown(times, frames, preview):
-    """The times of the frames that samplers.follow makes of a way through `times`."""
+    """The times of the frames that samplers.run_sampler makes of a way through `times`."""
     steps = len(times) - 1
     frames = min(frames, steps)
     # Steps before each frame; an x_0_hat is of the time at which the last of them began.

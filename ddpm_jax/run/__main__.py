@@ -21,7 +21,7 @@ class Args(options.Arguments):
 @log.quiet()
 def main(argv=None):
     """List the steps of the run that the command line names; exit code 4 unless the newest is whole."""
-    argv = options.first_named(options.words(argv), "workdir")
+    argv = options.positional_to_options(options.command_line(argv), "workdir")
     args = options.parse(Args, argv, "-m ddpm_jax.run RUN", __doc__)
     workdir = expand(args.workdir)
     folder = workdir / "checkpoints"

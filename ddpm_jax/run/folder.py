@@ -14,7 +14,7 @@ from pathlib import Path
 from ddpm_jax import config as configs
 from ddpm_jax import parallel
 from ddpm_jax.errors import CheckpointError, ConfigError, writing
-from ddpm_jax.options import nearest
+from ddpm_jax.options import closest
 from ddpm_jax.run import checkpoint, trees
 from ddpm_jax.run.files import lock, write_atomic
 
@@ -31,7 +31,7 @@ def check(workdir, config, allowed=()):
     known = {name for name, _, _, _ in configs.leaves(configs.Config, config)}
     for name in allowed:
         if name not in known:
-            meant = "".join(f"; did you mean {near}?" for near in nearest(name, known))
+            meant = "".join(f"; did you mean {near}?" for near in closest(name, known))
             raise ConfigError(f"--allow-change={name} is no field of the config{meant}")
     file = workdir / "config.json"
     steps = checkpoint.steps(workdir / "checkpoints")
