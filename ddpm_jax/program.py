@@ -50,7 +50,7 @@ def _ensemble(parts, dataset):
     members = [experiment.member(parts.config, i).train for i in range(config.ensemble)]
     seeds = [member.seed for member in members]
     scales = np.float32([member.learning_rate for member in members]) / np.float32(config.learning_rate)
-    spread, place = parallel.spread(training.steps_of_members(parts.train_step), config.ensemble)
+    spread, place = parallel.shard_members(training.steps_of_members(parts.train_step), config.ensemble)
 
     def step(state, batches, roots):
         state, metrics = spread(state, batches, roots, scales)
@@ -64,7 +64,7 @@ def _ensemble(parts, dataset):
 
     def batches(steps, again=0):
         made = (
-            _stack(data.batch(dataset, seed, step, config.batch_size, again=again) for step in steps) for seed in seeds
+            _stack(data.batch(dataset, seed, step, config.batch_size, rollbacks=again) for step in steps) for seed in seeds
         )
         return _stack(made)
 

@@ -209,7 +209,7 @@ def test_fault_10_a_damaged_end_is_made_again(trained, script, tmp_path):
         file.write_bytes(b"")
     again = script("train.py", *SMALL, "--config.train.steps=60", f"--workdir={run}", "--cpu-devices=1")
     assert (again.returncode, "resuming at step 50" in again.stdout) == (0, True)
-    assert "damaged checkpoint passed over, step 60" in again.stderr
+    assert "damaged checkpoint skipped, step 60" in again.stderr
     assert fingerprint(run) == fingerprint(trained)
 
 
@@ -283,7 +283,7 @@ def test_fault_14_changed_data_are_noticed_on_resume(script, tmp_path):
     assert re.search("the run had 40x8x8x1-.{8}, the data now are 40x8x8x1-.{8}: its batches", again.stderr)
     assert_one_line(again)
     again = script(*command, "--config.train.steps=6", "--allow-change=data.source")
-    assert (again.returncode, "going on with other data" in again.stdout) == (0, True)
+    assert (again.returncode, "continuing with other data" in again.stdout) == (0, True)
 
 
 def test_fault_14_another_experiment_in_the_folder_is_refused_by_name(trained, script):
@@ -292,7 +292,7 @@ def test_fault_14_another_experiment_in_the_folder_is_refused_by_name(trained, s
     )
     assert other.returncode == 2
     assert "train.learning_rate is 0.002 there, 0.1 here" in other.stderr
-    assert "by --allow-change=train.learning_rate" in other.stderr
+    assert "with --allow-change=train.learning_rate" in other.stderr
     assert_one_line(other)
 
 

@@ -21,8 +21,8 @@ def white_is_nan(image):
     return jnp.where(jnp.all(image == 255), jnp.nan, to_unit(image))
 
 
-def batch_with_white(dataset, seed, step, batch_size, rows=slice(None), again=0):
-    found = batch(dataset, seed, step, batch_size, rows, again)
+def batch_with_white(dataset, seed, step, batch_size, rows=slice(None), rollbacks=0):
+    found = batch(dataset, seed, step, batch_size, rows, rollbacks)
     if {when}:
         found["image"][:] = 255
     return found
@@ -86,7 +86,7 @@ def test_nan_ends_the_run_at_once_when_so_chosen(train, tmp_path, batch):
 def test_nan_sends_the_run_back_when_so_chosen(train, tmp_path):
     """To the step 10, on to other batches and noise; also when it is stopped and taken up again afterwards."""
     rollback = "--config.train.on_nan=rollback"
-    done = train("step == 11 and not again", rollback)
+    done = train("step == 11 and not rollbacks", rollback)
     assert done.returncode == 0, done.stderr
     assert re.search(r"not finite at step 12 .*; on from step 10 with other batches and noise \(1 of", done.stderr)
     assert [row["step"] for row in logged_metrics(tmp_path / "run")] == [7, 14, 21, 28, 30]
@@ -96,7 +96,7 @@ def test_nan_sends_the_run_back_when_so_chosen(train, tmp_path):
     assert fingerprint(tmp_path / "run") != fingerprint(tmp_path / "never")
     for steps in (17, 30):
         workdir = tmp_path / "stopped"
-        again = train("step == 11 and not again", rollback, f"--config.train.steps={steps}", workdir=workdir)
+        again = train("step == 11 and not rollbacks", rollback, f"--config.train.steps={steps}", workdir=workdir)
         assert again.returncode == 0, again.stderr
     assert fingerprint(tmp_path / "stopped") == fingerprint(tmp_path / "run")
 

@@ -102,7 +102,7 @@ def assert_same(found, wanted):
 
 def test_fault_85_killed_at_any_moment(call, given, drawn, tmp_path, monkeypatch):
     """Killed, here by an exception, after a random number of written shards, again and again; one shard is damaged."""
-    monkeypatch.setattr(shards, "SECONDS", 0.0)  # each batch is written
+    monkeypatch.setattr(shards, "FLUSH_SECONDS", 0.0)  # each batch is written
     monkeypatch.setattr(shards, "BYTES", 12 * 16)  # twelve images a shard
     add, random, kills = shards.add, np.random.default_rng(0), 0
     while True:
@@ -138,7 +138,7 @@ def test_fault_85_only_the_same_samples_are_gone_on_with(call, given, drawn, tmp
         code, _, err = call(sample, *shard, other)
         assert (code, err) == (
             2,
-            f"error: {tmp_path} holds samples of other settings ({told}); take another --out, or say --overwrite\n",
+            f"error: {tmp_path} holds samples of other settings ({told}); take another --out, or add --overwrite\n",
         )
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     code, told, _ = call(sample, *shard, "--batch-size=16")
@@ -170,4 +170,4 @@ def test_shards_hold_what_the_one_file_holds(call, given, drawn, tmp_path):
     (out / "samples-00001.npz").unlink()
     code, _, err = call(evaluate, *options, "--overwrite")
     assert code == 3
-    assert f"{out} lacks some of its shards; it has samples-00000.npz, samples-00002.npz" in err
+    assert f"{out} lacks some shards; it has samples-00000.npz, samples-00002.npz" in err

@@ -114,7 +114,7 @@ def make_actions(run, start, metrics, timer, writer, keep):
 
     def draw(step, state, ending):
         for name, picture in run.write_grid(state, step).items():
-            writer.picture(name, picture, step)
+            writer.image(name, picture, step)
 
     found = [Action(config.log_every, write_log)]
     if config.averages and parallel.is_first():

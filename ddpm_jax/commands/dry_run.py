@@ -30,7 +30,7 @@ def dry_run(config, say):
 
     Where the convolutions of a large network compile too slowly on a CPU, others are compiled, and no step is taken.
     """
-    parts, batch = made_up(config)
+    parts, batch = synthetic_batch(config)
     describe(parts, say)
     batch = parallel.shard(jax.tree.map(lambda x: x[parallel.local_rows(len(x))], batch))
     root = keys.root(config.train.seed, "train")
@@ -57,7 +57,7 @@ def compiles_slowly(parts):
 
 def for_topology(config, devices, say):
     """Compile the step for `devices` that are not here, and tell what it takes of each and what it cannot beat."""
-    parts, batch = made_up(config)
+    parts, batch = synthetic_batch(config)
     describe(parts, say)
     state, root = jax.eval_shape(parts.init_state), jax.eval_shape(lambda: keys.root(config.train.seed, "train"))
     batch = jax.eval_shape(lambda: jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), batch))
@@ -104,7 +104,7 @@ def collectives(text):
     return dict(found)
 
 
-def made_up(config):
+def synthetic_batch(config):
     """(Experiment, a whole batch of made-up images) for images as the config has them, or else as its data are."""
     size, channels = config.data.image_size, config.data.channels
     known = (*(size * 2)[:2], channels) if size and channels else None  # one number is a square

@@ -81,15 +81,15 @@ def main(argv=None):
     if out.exists() and not out.is_file():
         raise errors.ConfigError(f"--out={out} is a folder or a device; give the name of a file")
     if out.exists() and not args.overwrite:
-        raise errors.ConfigError(f"{out} already exists; take another --out, or say --overwrite")
+        raise errors.ConfigError(f"{out} already exists; take another --out, or add --overwrite")
     parallel.start(args.batch_size, platform=args.platform, distributed="off", cpu_devices=args.cpu_devices)
     what, work, report = on_samples(args) if args.samples else on_run(args, workdir, step)
     with errors.writing(f"--out={out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
     report |= {"versions": checkpoint.versions(), "devices": parallel.describe()}
     log.note(f"{what}, {', '.join(args.metrics)}, {parallel.describe()}")
-    with signals.caught(), parallel.memory_for(f"try a --batch-size smaller than {args.batch_size}"):
-        metrics = work(log.now_and_then(log.note))
+    with signals.catch(), parallel.memory_advice(f"try a --batch-size smaller than {args.batch_size}"):
+        metrics = work(log.rate_limited(log.note))
     for name, number in metrics.items():
         log.note(in_words(name, number))
     with errors.writing(f"--out={out}"):

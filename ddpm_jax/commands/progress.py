@@ -19,7 +19,7 @@ def make_grid_writer(parts, workdir, feed):
 
     def write(params, seed, file):
         batches = []
-        with parallel.memory_for("try a smaller train.sample_num"):
+        with parallel.memory_advice("try a smaller train.sample_num"):
             for batch in draw(params, config.sample_num, seed):
                 batches.append(batch[:, -1])
                 feed()
@@ -63,7 +63,7 @@ def make_evaluator(parts, dataset, feed, say):
         if not parallel.is_first() or (step % config.evaluate_every and step != config.steps):
             return {}
         try:
-            with parallel.memory_for("go on with train.evaluate_every=0"):
+            with parallel.memory_advice("go on with train.evaluate_every=0"):
                 params = jax.device_get(state.ema_params)
                 batches = draw(params, config.evaluate_num, config.seed)
                 drawn = samples.collect(batches, config.evaluate_num, parts.shape, lambda _: feed())

@@ -58,7 +58,7 @@ def check_finite(row, step, config, manager):
     if in_row < (config.max_skipped if config.on_nan == "skip" else 1):
         return
     what = f"the gradient was not finite at step {step} ({in_row} in a row)"
-    checkpoint.settle(manager)
+    checkpoint.finish_or_warn(manager)
     if config.on_nan == "rollback":
         raise RollBack(what)
     good = checkpoint.steps(manager.directory)

@@ -84,7 +84,7 @@ def main(argv=None):
     begun = (out / shards.SETTINGS).exists()  # and perhaps to be gone on with, which is seen to below
     for name in () if args.overwrite or begun else [*files(args, indices), *(at.name for at in shards.files(out))]:
         if (out / name).exists():
-            raise errors.ConfigError(f"{out} already holds samples ({name}); take another --out, or say --overwrite")
+            raise errors.ConfigError(f"{out} already holds samples ({name}); take another --out, or add --overwrite")
     parallel.start(args.batch_size, platform=args.platform, distributed="off", cpu_devices=args.cpu_devices)
     parts, params, step = experiment.restore(workdir, args.weights, step, args.member)
     steps, root = args.steps or parts.config.diffusion.T, keys.root(args.seed, "sample")
@@ -117,7 +117,7 @@ def draw_and_write(args, out, title, about, indices, labels, shape, draw_from):
     from ddpm_jax import parallel
     from ddpm_jax.run import shards, signals
 
-    size = args.shards or max(1, shards.BYTES // math.prod(shape))
+    size = args.shards or max(1, shards.SHARD_BYTES // math.prod(shape))
     with errors.writing(f"--out={out}"):
         out.mkdir(parents=True, exist_ok=True)
         done, lines = shards.resume(out, *about.values(), size, args.overwrite)
@@ -140,8 +140,8 @@ def draw_and_write(args, out, title, about, indices, labels, shape, draw_from):
         save_gif(args, out, frames)
 
     with (
-        signals.caught() as asked,
-        parallel.memory_for(f"try a --batch-size smaller than {args.batch_size}"),
+        signals.catch() as asked,
+        parallel.memory_advice(f"try a --batch-size smaller than {args.batch_size}"),
         errors.writing(f"--out={out}"),
     ):
         base, left, code = shards.write(out, batches(), shape, done, size, labels, begin, asked)

@@ -87,25 +87,25 @@ def main(argv=None):
     say = log.note if parallel.is_first() else lambda text: None
     say(f"ddpm_jax {checkpoint.versions()['ddpm_jax']} on {parallel.describe()}")
     less = f"try a train.batch_size smaller than {config.batch_size}, train.accumulate=2 or more, or model.remat=true"
-    with parallel.exit_with_others(), signals.caught() as stop_requested, parallel.memory_for(less):
+    with parallel.exit_with_others(), signals.catch() as stop_requested, parallel.memory_advice(less):
         if args.dry_run:
             return compile_only(args, say)
         parts, dataset = parallel.on_all_processes(lambda: prepare(args, workdir, say))
         fingerprint = data.fingerprint(dataset)
         there = checkpoint.steps(workdir / "checkpoints")
-        run_folder.check_same(
+        run_folder.check_processes_agree(
             args.config, data=fingerprint, step=args.step, allow_change=args.allow_change, checkpoints=there
         )
-        done = parallel.on_all_processes(lambda: run_folder.last_step(workdir, config.steps, args.step))
+        done = parallel.on_all_processes(lambda: run_folder.finished_step(workdir, config.steps, args.step))
         if done:
             say(f"already finished at step {done:,}; for more, --config.train.steps={2 * done}")
             return 0
         # All is checked: from here on the folder of the run is written.
         with parallel.on_all_processes(
-            lambda: run_folder.claim(workdir) if parallel.is_first() else contextlib.nullcontext()
+            lambda: run_folder.create_and_lock(workdir) if parallel.is_first() else contextlib.nullcontext()
         ):
-            parallel.on_all_processes(lambda: run_folder.check_seen(workdir))
-            command = [*commands.spelled("train").split(), *argv]
+            parallel.on_all_processes(lambda: run_folder.check_shared(workdir))
+            command = [*commands.prog_name("train").split(), *argv]
             return train(args, parts, dataset, fingerprint, workdir, stop_requested, say, command)
 
 
@@ -120,7 +120,7 @@ def compile_only(args, say):
     devices = parallel.topology(args.topology) if args.topology else None
     parallel.check_batch_size(config.batch_size, config.accumulate, devices)
     if devices:
-        dry_run.for_topology(args.config, devices, say)
+        dry_run.compile_for_topology(args.config, devices, say)
     else:
         dry_run.dry_run(args.config, say)
     return 0
@@ -233,7 +233,7 @@ def take_steps(run, start):
         profile = stack.enter_context(profiling.profiler(span(run.args), run.workdir / "profile", run.say))
         stack.enter_context(parallel.exit_with_others())  # before the others are waited for in closing
 
-        keep, agree = checkpoint.make_keeper(manager), parallel.make_agreement()
+        keep, agree = checkpoint.make_saver(manager), parallel.make_agreement()
         timer = actions.StepTimer(first)
         check = functools.partial(recovery.check_finite, config=config, manager=manager)
         metrics = actions.Metrics(first, start.window, check)
@@ -260,9 +260,9 @@ def take_steps(run, start):
     if code is not None:
         run.say(f"stopped by a signal; step {step:,} is saved and the same command goes on from it")
         return code
-    took, samples = log.clock(time.monotonic() - begun), run.workdir / "samples"
+    took, samples = log.format_duration(time.monotonic() - begun), run.workdir / "samples"
     run.say(f"finished step {last:,} in {took}, loss {metrics.last['loss']:.4f}; samples: {samples}")
-    run.say(f"more samples: python {commands.spelled('sample')} --workdir={run.workdir}")
+    run.say(f"more samples: python {commands.prog_name('sample')} --workdir={run.workdir}")
     return 0
 
 

@@ -6,7 +6,7 @@ import sys
 from ddpm_jax import errors, options
 from ddpm_jax.config import Data
 from ddpm_jax.run.files import expand
-from ddpm_jax.run.log import without_warnings_of_absl
+from ddpm_jax.run.log import hide_absl_warnings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Args(options.Arguments):
     debug: bool = options.option(False, "show tracebacks")
 
 
-@without_warnings_of_absl()  # TFDS warns of what is as it should be
+@hide_absl_warnings()  # TFDS warns of what is as it should be
 def main(argv=None):
     """Print what the data are, one fact a line."""
     argv = options.first_named(options.words(argv), "source")

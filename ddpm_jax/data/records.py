@@ -10,7 +10,7 @@ from ddpm_jax.data.maps import GROUP, decode
 from ddpm_jax.data.prepare import SETS, prepare, write
 from ddpm_jax.errors import DataError, first_line
 from ddpm_jax.run.files import cache_folder, expand, has_home, locked
-from ddpm_jax.run.log import note, without_warnings_of_absl
+from ddpm_jax.run.log import note, hide_absl_warnings
 
 
 def from_tfds(
@@ -84,7 +84,7 @@ def _prepared(make, prepare):
 def _from_builder(builder, image_size, channels, split, cache_dir, levels=()):
     try:
         rows = builder.as_data_source(split=split)
-        with without_warnings_of_absl():  # of OpenCV, which is not installed
+        with hide_absl_warnings():  # of OpenCV, which is not installed
             rows[0]  # only now is a file opened
     except NotImplementedError as error:
         how = "" if builder.name in SETS else f" and prepare it there, {_with_tensorflow(builder.name, 'DIR')}"

@@ -4,7 +4,7 @@ devices.py chooses and describes the devices, launch.py joins the other processe
 devices, pods.py keeps the processes together.
 """
 
-from ddpm_jax.parallel.devices import describe, memory_for, start, topology
+from ddpm_jax.parallel.devices import describe, memory_advice, start, topology
 from ddpm_jax.parallel.pods import exit_with_others, gather, is_first, make_agreement, on_all_processes
 from ddpm_jax.parallel.steps import (
     AXIS,
@@ -31,7 +31,7 @@ __all__ = [
     "local_rows",
     "make_agreement",
     "measure_batches",
-    "memory_for",
+    "memory_advice",
     "on_all_processes",
     "pmap_generate",
     "pmap_rows",

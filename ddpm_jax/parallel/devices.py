@@ -107,7 +107,7 @@ def describe():
 
 
 @contextlib.contextmanager
-def memory_for(what):
+def memory_advice(what):
     """Within it, a device that runs out of memory is an OutOfMemory that says `what` to do."""
     try:
         yield
