@@ -1,7 +1,7 @@
-"""Devices and processes; the only rooms that know of them.
+"""Devices and processes; no code outside this package deals with them.
 
-devices.py chooses and describes the devices, launch.py joins the other processes, steps.py runs functions over the
-devices, pods.py keeps the processes together.
+devices.py chooses and describes the devices, launch.py joins the other processes, steps.py maps functions over the
+devices, pods.py coordinates the processes.
 """
 
 from ddpm_jax.parallel.devices import describe, memory_advice, start, topology
@@ -17,7 +17,7 @@ from ddpm_jax.parallel.steps import (
     pmap_step,
     replicate,
     shard,
-    spread,
+    shard_members,
 )
 
 __all__ = [
@@ -38,7 +38,7 @@ __all__ = [
     "pmap_step",
     "replicate",
     "shard",
-    "spread",
+    "shard_members",
     "start",
     "topology",
 ]
