@@ -64,7 +64,8 @@ def _ensemble(parts, dataset):
 
     def batches(steps, again=0):
         made = (
-            _stack(data.batch(dataset, seed, step, config.batch_size, rollbacks=again) for step in steps) for seed in seeds
+            _stack(data.batch(dataset, seed, step, config.batch_size, rollbacks=again) for step in steps)
+            for seed in seeds
         )
         return _stack(made)
 

@@ -207,16 +207,23 @@ FLOWER = archives("oxford_flowers102")
         pytest.param("cifar10", without(cifar10(), BATCH), "there is no .*data_batch_1"),
         pytest.param("mnist", cut("mnist", 300), f"cannot read .*{IMAGES}.*damaged or truncated"),
         pytest.param("mnist", cut("mnist", 300, mnist()), f"{IMAGES} is not an idx file of 20 x 28 x 28 .*truncated"),
-        pytest.param("mnist", mnist() | {IMAGES: mnist()[IMAGES] + b"0"}, f"{IMAGES} is not an idx file of 20 x 28 x 28"),
+        pytest.param(
+            "mnist", mnist() | {IMAGES: mnist()[IMAGES] + b"0"}, f"{IMAGES} is not an idx file of 20 x 28 x 28"
+        ),
         pytest.param(
             "mnist", mnist() | {IMAGES: b"\0\0\t\3" + mnist()[IMAGES][4:]}, f"{IMAGES} is not an idx", id="signed"
         ),
         pytest.param("mnist", mnist() | {IMAGES: b""}, f"{IMAGES} is not an idx file"),
         pytest.param("mnist", flipped("mnist"), f"cannot read .*{IMAGES}.*damaged"),
         pytest.param(
-            "mnist", mnist() | {IMAGES: mnist()["t10k-images-idx3-ubyte"]}, f"{IMAGES} is not an idx file of 20", id="other"
+            "mnist",
+            mnist() | {IMAGES: mnist()["t10k-images-idx3-ubyte"]},
+            f"{IMAGES} is not an idx file of 20",
+            id="other",
         ),
-        pytest.param("mnist", {k + ".gz": tar(mnist()) for k in mnist()}, f"{IMAGES}.gz is not an idx file", id="a tar"),
+        pytest.param(
+            "mnist", {k + ".gz": tar(mnist()) for k in mnist()}, f"{IMAGES}.gz is not an idx file", id="a tar"
+        ),
         pytest.param(
             "mnist",
             mnist() | {"train-labels-idx1-ubyte": mnist()["train-labels-idx1-ubyte"][:-1] + b"\12"},
@@ -239,8 +246,12 @@ FLOWER = archives("oxford_flowers102")
         pytest.param("cifar10", changed("cifar10", ".txt", b"a\n" * 10), "names 1 classes, not 10", id="names"),
         pytest.param("cifar10", odd("../evil", b"x"), r"unexpected member, '\.\./evil'"),
         pytest.param("cifar10", odd("/etc/evil", b"x"), r"unexpected member, '/etc/evil'"),
-        pytest.param("cifar10", odd("link", type=tarfile.SYMTYPE, linkname="/etc"), "unexpected member, 'link'", id="link"),
-        pytest.param("cifar10", odd("hard", type=tarfile.LNKTYPE, linkname=BATCH), "unexpected member, 'hard'", id="hard"),
+        pytest.param(
+            "cifar10", odd("link", type=tarfile.SYMTYPE, linkname="/etc"), "unexpected member, 'link'", id="link"
+        ),
+        pytest.param(
+            "cifar10", odd("hard", type=tarfile.LNKTYPE, linkname=BATCH), "unexpected member, 'hard'", id="hard"
+        ),
         pytest.param("cifar10", odd("device", type=tarfile.CHRTYPE), "unexpected member, 'device'", id="device"),
         pytest.param("cifar10", odd(BATCH, b"x"), "unexpected member, .*data_batch_1", id="twice"),
         pytest.param("oxford_flowers102", without(FLOWER, "setid.mat"), "there is no setid.mat"),
@@ -260,7 +271,7 @@ FLOWER = archives("oxford_flowers102")
         pytest.param(
             "oxford_flowers102",
             FLOWER | {"102flowers.tgz": tar(flowers() | {"jpg/image_00003.jpg": b"<html>"})},
-            "image_00003.jpg .*is no JPEG",
+            "image_00003.jpg .*is not a JPEG",
         ),
     ],
 )

@@ -181,7 +181,7 @@ def _is_deep(picture):
 
 
 def _to_8_bits(picture, levels=()):
-    """The picture as L or RGB. Pillow's own conversion makes 16 bits white, floats black, and hidden colours visible."""
+    """The picture as L or RGB. Pillow would make 16 bits white, floats black and hidden colours visible."""
     if _is_deep(picture):
         lowest, highest = _values(picture)
         if picture.mode == "F" and not levels:

@@ -97,7 +97,7 @@ SILENT = Log(*[lambda *_: None] * 4)
 
 
 def mean(window):
-    """One row from the metrics of several steps: the mean of finite values (None if there is none), the last counter."""
+    """One row from the metrics of several steps: means of the finite values (None if there are none), last counters."""
 
     def reduce(name):
         values = [row[name] for row in window]

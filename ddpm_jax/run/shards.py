@@ -57,8 +57,8 @@ def resume(folder: Path, settings: dict, environment: dict, size: int, overwrite
     except (ValueError, KeyError, TypeError) as error:
         differ, changed = [f"{SETTINGS} is damaged: {first_line(error)}"], []
     if differ and not overwrite:
-        details = "; ".join(differ[:10])
-        raise ConfigError(f"{folder} holds samples of other settings ({details}); take another --out, or add --overwrite")
+        why = "; ".join(differ[:10])
+        raise ConfigError(f"{folder} holds samples of other settings ({why}); take another --out, or add --overwrite")
     if differ:
         remove(folder)
         return 0, []

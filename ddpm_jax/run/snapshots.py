@@ -82,7 +82,7 @@ def stored(folder):
 
 
 def combine(folder, coefficients, template):
-    """The sum of stored averages times `coefficients` {(step, sigma_rel): number}, in the shapes and types of `template`.
+    """The sum of stored averages times `coefficients` {(step, sigma_rel): number}, shaped and typed like `template`.
 
     Only one snapshot is in memory at a time. The sum is in float64, because the coefficients alternate in sign.
     Raises CheckpointError when a snapshot does not fit the template.

@@ -48,7 +48,7 @@ def not_finite(tree):
 
 
 def digest(tree, map=map):
-    """CRC-32 of the names, types, shapes and CRC-32s of a tree's arrays; with the `map` of a thread pool, in parallel."""
+    """CRC-32 of the names, types, shapes and CRC-32s of a tree's arrays; parallel with the `map` of a thread pool."""
 
     def line(item):
         path, leaf = item
