@@ -147,7 +147,7 @@ def test_a_signal_saves_and_leaves(start, tmp_path, number, code):
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (code, "")
     (step,) = checkpoint.steps(tmp_path / "checkpoints")
-    assert out.splitlines()[-1] == f"stopped by a signal; step {step} is saved and the same command goes on from it"
+    assert out.splitlines()[-1] == f"stopped by a signal; step {step} is saved and the same command resumes from it"
 
 
 @pytest.mark.faults
@@ -339,7 +339,7 @@ def test_all_that_a_state_can_hold_survives_a_stop(script, tmp_path):
         ([f"--reconstruct={a}", "--sampler=ddim"], "needs one --label"),
         (["--interval=100,900"], "needs guidance"),
         (["--guidance=2", "--interval=900,100"], "0 <= LOW <= HIGH <= 1000"),
-        (["--jump=3"], "--jump belongs to --inpaint"),
+        (["--jump=3"], "--jump needs --inpaint"),
         (["--label=3", f"--inpaint={a}", f"--mask={a}"], "--jump=10 must be less than the steps"),
     ):
         done = script("sample.py", *options, *extra)

@@ -272,7 +272,7 @@ def test_fault_84_evaluation_is_told_the_new_place(moved, call):
     np.savez(folder / "there.npz", **arrays | {"images": 255 - arrays["images"]})
     code, _, said = call(evaluate, *options, there)
     assert code == 2
-    assert "has not the data of the run" in said
+    assert "is not the data of the run" in said
     assert call(evaluate, *options, there, "--other-data")[0] == 0
     assert json.loads((folder / "evaluation.json").read_text())["config"]["data"]["source"] == there[7:]
     assert experiment.restore(folder, "ema")[0].classes == ("a", "b", "c")

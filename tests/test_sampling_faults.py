@@ -113,7 +113,7 @@ def test_fault_73_nothing_there_is_written_over_unasked(run, call, tmp_path, nam
     if name == "grid.png":
         code, out, _ = call(sample, *given, "--overwrite")
         assert (code, names(tmp_path)) == (0, OUTPUTS)
-        assert out.endswith(f"wrote {tmp_path / 'grid.png'}, samples.npz, denoising.gif, 2 images alone\n")
+        assert out.endswith(f"wrote {tmp_path / 'grid.png'}, samples.npz, denoising.gif, 2 single images\n")
         assert Image.open(tmp_path / "grid.png").format == "PNG"
 
 

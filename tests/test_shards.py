@@ -67,13 +67,13 @@ def test_fault_85_interrupted_samples_are_kept_and_gone_on_with(
     out = tmp_path / "out"
     found, told, err = call(sample, *given, f"--out={out}", "--gif")
     assert (found, err) == (code, "")
-    assert told.endswith(f"kept 24 of 40 images in {out}; the same command goes on from there\n")
+    assert told.endswith(f"kept 24 of 40 images in {out}; the same command resumes from there\n")
     assert names(out) == ["denoising.gif", "samples-00000.npz", "samples.json"]
     with pytest.warns(UserWarning, match="24 of 40 samples"):
         assert len(shards.load(out)["images"]) == 24
     found, told, _ = call(sample, *given, f"--out={out}", "--gif")
     assert found == 0
-    assert f"going on after 24 of 40 images in {out}\n" in told
+    assert f"resuming after 24 of 40 images in {out}\n" in told
     assert made == [8] * 5
     assert names(out) == ["denoising.gif", "grid.png", "samples.npz"]
     assert (out / "samples.npz").read_bytes() == whole

@@ -1,6 +1,6 @@
 """Train a diffusion model: python -m ddpm_jax train --config=configs/digits.py --workdir=runs/digits
 
-The same command again resumes. Everything of the run is in its folder; sampling needs nothing else.
+The same command resumes the run. Everything about the run is in its folder; sampling needs nothing else.
 """
 
 import contextlib
@@ -30,14 +30,14 @@ class Args(options.Arguments):
     workdir: str = options.option("", "folder of the run; runs/NAME of the config file when empty")
     step: int = options.option(
         0,
-        "checkpoint to go on from: later ones are set aside, later metrics and averages dropped; 0 for the newest",
+        "checkpoint to resume from: later ones are set aside, later metrics and averages dropped; 0 for the newest",
         options.at_least(0),
     )
     allow_change: tuple[str, ...] = options.option(
         (), "fields, such as train.batch_size,data.source, that may differ from those of the run in the folder"
     )
-    strict_data: bool = options.option(False, "take no folder with a picture that cannot be read")
-    dry_run: bool = options.option(False, "build, count, compile, take one step on made-up data, and leave")
+    strict_data: bool = options.option(False, "refuse a folder with a picture that cannot be read")
+    dry_run: bool = options.option(False, "build, count, compile, take one step on random data, and exit")
     topology: str = options.option("", "with --dry-run: compile for TPU chips that are not here, such as v5e:2x4")
     platform: str = options.option("auto", "what to run on", options.one_of("auto", "cpu", "gpu", "tpu"))
     distributed: str = options.option("auto", "several processes: auto, off or HOST:PORT,ID,COUNT")
@@ -50,10 +50,10 @@ class Args(options.Arguments):
     cpu_devices: int = options.option(
         0, "as how many devices a CPU is used; 0 for up to one a core", options.at_least(0)
     )
-    wandb: str = options.option("", "project of Weights & Biases that is shown the run (needs the extra wandb)")
+    wandb: str = options.option("", "Weights & Biases project to log the run to (needs the extra wandb)")
     profile: str = options.option(
         "",
-        "START:STOP, the steps whose trace is written to WORKDIR/profile",
+        "START:STOP, the steps to trace, into WORKDIR/profile",
         ("START:STOP, two whole numbers of which the second is larger", is_span),
     )
     debug: bool = options.option(False, "show tracebacks")
@@ -86,21 +86,21 @@ def main(argv=None):
     )
     say = log.note if parallel.is_first() else lambda text: None
     say(f"ddpm_jax {checkpoint.versions()['ddpm_jax']} on {parallel.describe()}")
-    less = f"try a train.batch_size smaller than {config.batch_size}, train.accumulate=2 or more, or model.remat=true"
-    with parallel.exit_with_others(), signals.catch() as stop_requested, parallel.memory_advice(less):
+    advice = f"try a train.batch_size smaller than {config.batch_size}, train.accumulate=2 or more, or model.remat=true"
+    with parallel.exit_with_others(), signals.catch() as stop_requested, parallel.memory_advice(advice):
         if args.dry_run:
             return compile_only(args, say)
         parts, dataset = parallel.on_all_processes(lambda: prepare(args, workdir, say))
         fingerprint = data.fingerprint(dataset)
-        there = checkpoint.steps(workdir / "checkpoints")
+        steps = checkpoint.steps(workdir / "checkpoints")
         run_folder.check_processes_agree(
-            args.config, data=fingerprint, step=args.step, allow_change=args.allow_change, checkpoints=there
+            args.config, data=fingerprint, step=args.step, allow_change=args.allow_change, checkpoints=steps
         )
         done = parallel.on_all_processes(lambda: run_folder.finished_step(workdir, config.steps, args.step))
         if done:
             say(f"already finished at step {done:,}; for more, --config.train.steps={2 * done}")
             return 0
-        # All is checked: from here on the folder of the run is written.
+        # All checks have passed: from here on the folder of the run is written.
         with parallel.on_all_processes(
             lambda: run_folder.create_and_lock(workdir) if parallel.is_first() else contextlib.nullcontext()
         ):
@@ -116,7 +116,7 @@ def compile_only(args, say):
 
     config = args.config.train
     if config.ensemble > 1:
-        raise errors.ConfigError("--dry-run is of one run; add --config.train.ensemble=1")
+        raise errors.ConfigError("--dry-run needs a single run; add --config.train.ensemble=1")
     devices = parallel.topology(args.topology) if args.topology else None
     parallel.check_batch_size(config.batch_size, config.accumulate, devices)
     if devices:
@@ -127,7 +127,7 @@ def compile_only(args, say):
 
 
 def prepare(args, workdir, say):
-    """(Experiment, Dataset), after all checks that need no device."""
+    """(Experiment, Dataset), after all checks that need no device; the calls marked "raises" are such checks."""
     from ddpm_jax import data, experiment, parallel
     from ddpm_jax.run import checkpoint
     from ddpm_jax.run import folder as run_folder
@@ -136,7 +136,7 @@ def prepare(args, workdir, say):
     parallel.check_batch_size(config.train.batch_size, config.train.accumulate, members=config.train.ensemble)
     if args.step >= config.train.steps:
         raise errors.ConfigError(f"--step={args.step} must be less than train.steps={config.train.steps}")
-    span(args)  # refuses
+    span(args)  # raises
     run_folder.check(workdir, config, args.allow_change)
     dataset = data.load(**vars(config.data))
     images = "x".join(map(str, dataset.images.shape[1:]))
@@ -145,11 +145,11 @@ def prepare(args, workdir, say):
     if dataset.classes and checkpoint.steps(workdir / "checkpoints"):
         meta = checkpoint.load(workdir / "checkpoints", [])[0]
         dataset = data.with_labels_of_run(dataset, config.data.source, meta["data"], meta.get("classes"))
-    data.batch(dataset, 0, 0, config.train.batch_size)  # refuses too few images
+    data.batch(dataset, 0, 0, config.train.batch_size)  # raises for too few images
     if config.train.evaluate_every:
         from ddpm_jax.evaluation.features import enl0
 
-        enl0.find()  # refuses
+        enl0.find()  # raises
     parts = experiment.make(config, dataset.images.shape[1:])._replace(classes=dataset.classes)
     say(
         f"U-Net of {experiment.parameter_count(parts):,} parameters; {config.train.steps:,} steps "
@@ -172,24 +172,24 @@ def span(args):
 
 
 class Run(NamedTuple):
-    """What a run is made of; none of it changes from step to step."""
+    """The parts of a run that do not change from step to step."""
 
     args: Args
     parts: Any  # experiment.Experiment
     program: Any  # program.Program
     workdir: Path
-    meta: dict  # what its checkpoints say besides the state
+    meta: dict  # entries of its checkpoints besides the state
     stop_requested: Callable  # () -> exit code or None
-    keep_alive: Callable  # (), tells the watchdog that the run goes on
-    write_grid: Callable  # (state, step) -> pictures
+    keep_alive: Callable  # (), resets the watchdog
+    write_grid: Callable  # (state, step) -> images
     evaluate: Callable  # (state, step) -> metrics
     say: Callable
 
 
 def train(args, parts, dataset, fingerprint, workdir, stop_requested, say, argv):
-    """Algorithm 1 from the newest checkpoint, or that of --step, or the beginning, to the last step; the exit code.
+    """Run Algorithm 1 from the newest checkpoint, that of --step, or the beginning to the last step; the exit code.
 
-    argv: the command, to be recorded.
+    argv: the command, for run.json.
     """
     from ddpm_jax import parallel, program
     from ddpm_jax.commands import progress, recovery
@@ -214,7 +214,7 @@ def train(args, parts, dataset, fingerprint, workdir, stop_requested, say, argv)
 
 
 def take_steps(run, start):
-    """Every step of Algorithm 1 from `start` on, and the actions that are due after it; the exit code."""
+    """Every step of Algorithm 1 from `start` on, and the actions due after each; the exit code."""
     import jax
     import numpy as np
 
@@ -222,7 +222,7 @@ def take_steps(run, start):
     from ddpm_jax.commands import actions, recovery
     from ddpm_jax.run import checkpoint, profiling
 
-    config, begun = run.parts.config.train, time.monotonic()
+    config, started = run.parts.config.train, time.monotonic()
     first, last, code = int(np.max(start.state.step)), config.steps, None
     state, step = run.program.place(start.state), first
     with contextlib.ExitStack() as stack:
@@ -231,36 +231,36 @@ def take_steps(run, start):
         stack.callback(checkpoint.close, manager)
         batches = stack.enter_context(contextlib.closing(prefetched(run.program, config, first, start.rollbacks)))
         profile = stack.enter_context(profiling.profiler(span(run.args), run.workdir / "profile", run.say))
-        stack.enter_context(parallel.exit_with_others())  # before the others are waited for in closing
+        stack.enter_context(parallel.exit_with_others())  # entered last: its timer must run while the rest closes
 
-        keep, agree = checkpoint.make_saver(manager), parallel.make_agreement()
+        save_or_warn, agree = checkpoint.make_saver(manager), parallel.make_agreement()
         timer = actions.StepTimer(first)
         check = functools.partial(recovery.check_finite, config=config, manager=manager)
         metrics = actions.Metrics(first, start.window, check)
-        periodic = actions.make_actions(run, start, metrics, timer, writer, keep)
+        periodic = actions.make_actions(run, start, metrics, timer, writer, save_or_warn)
         while step < last and code is None:
             with timer.working():
                 with timer.waiting():
-                    taken, batch = next(batches)
+                    num_steps, batch = next(batches)
                 profile(step, state)
-                state, found = run.program.step(state, batch, start.rollbacks)
-                step += taken
+                state, step_metrics = run.program.step(state, batch, start.rollbacks)
+                step += num_steps
                 code = agree(run.stop_requested())
                 due = [action for action in periodic if action.is_due(step, last, code is not None)]
-                metrics.add(found, read_all=bool(due))
+                metrics.add(step_metrics, read_all=bool(due))
             writer.advance(step)
-            if step == first + taken:
-                jax.block_until_ready(found)
-                run.say(f"first step, compilation included: {time.monotonic() - begun:.1f} s")
+            if step == first + num_steps:
+                jax.block_until_ready(step_metrics)
+                run.say(f"first step, compilation included: {time.monotonic() - started:.1f} s")
                 timer.reset(step)
             run.keep_alive()
-            keep()  # reports a save that has failed in the background
+            save_or_warn()  # reports a save that has failed in the background
             for action in due:
                 action(step, state, ending=step == last or code is not None)
     if code is not None:
-        run.say(f"stopped by a signal; step {step:,} is saved and the same command goes on from it")
+        run.say(f"stopped by a signal; step {step:,} is saved and the same command resumes from it")
         return code
-    took, samples = log.format_duration(time.monotonic() - begun), run.workdir / "samples"
+    took, samples = log.format_duration(time.monotonic() - started), run.workdir / "samples"
     run.say(f"finished step {last:,} in {took}, loss {metrics.last['loss']:.4f}; samples: {samples}")
     run.say(f"more samples: python {commands.prog_name('sample')} --workdir={run.workdir}")
     return 0
@@ -268,7 +268,7 @@ def take_steps(run, start):
 
 @contextlib.contextmanager
 def open_log(run, state):
-    """The Log of the first process, from the step of `state` on; the others say nothing."""
+    """The Log of the first process, from the step of `state` on; a silent one in the others."""
     import numpy as np
 
     from ddpm_jax import parallel
@@ -278,8 +278,8 @@ def open_log(run, state):
     if parallel.is_first():
         snapshots.drop_after(run.workdir / "averages", step - int(np.max(state.skipped)))
         with errors.writing(f"--workdir={run.workdir}"):
-            shown = boards.open_boards(run.workdir, step, run.args.wandb, run.meta["config"])
-            writer = log.open_log(run.workdir, step, run.parts.config.train.steps, shown)
+            dashboards = boards.open_boards(run.workdir, step, run.args.wandb, run.meta["config"])
+            writer = log.open_log(run.workdir, step, run.parts.config.train.steps, dashboards)
     try:
         yield writer
     finally:
@@ -287,7 +287,7 @@ def open_log(run, state):
 
 
 def prefetched(program, config, first, rollbacks):
-    """(number of steps, batches) of each call of the training step from the step `first` on, made ahead of it."""
+    """Yield (number of steps, their batches) for each call of the training step from step `first` on, prefetched."""
     from ddpm_jax import data
 
     last, per_call = config.steps, config.steps_per_call

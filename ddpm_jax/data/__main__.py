@@ -43,8 +43,8 @@ def main(argv=None):
 
     dataset = data.load(**{name: value for name, value in vars(args).items() if name not in ("num", "out", "debug")})
     count, height, width, channels = dataset.images.shape
-    moments = metrics.tint(dataset.images)
-    mean, std = moments.mean / 255, moments.spread / 255
+    found = metrics.tint(dataset.images)
+    mean, std = found.mean / 255, found.spread / 255
     print(f"{count:,} images of {height}x{width}x{channels}")
     print("mean", *(f"{value:.5f}" for value in mean), "std", *(f"{value:.5f}" for value in std), "(0 black, 1 white)")
     if dataset.labels is not None:
