@@ -173,11 +173,9 @@ def with_source(config, source):
     """The config.Data with another source; one of another kind resets the options for reading the old one."""
     from ddpm_jax.config import Data
 
-    if source.partition(":")[0] == config.source.partition(":")[0]:
-        return dataclasses.replace(config, source=source)
-    return dataclasses.replace(
-        config, source=source, **{name: getattr(Data, name) for name in ("split", "range", "frames")}
-    )
+    same_kind = source.partition(":")[0] == config.source.partition(":")[0]
+    reset = {} if same_kind else {name: getattr(Data, name) for name in ("split", "range", "frames")}
+    return dataclasses.replace(config, source=source, **reset)
 
 
 def load(args, config, shape, parts=None):

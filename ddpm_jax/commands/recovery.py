@@ -21,7 +21,7 @@ class Start(NamedTuple):
 
 
 class RollBack(BaseException):
-    """The gradient was not finite. Raised in all processes; a BaseException, so that none takes it for its own error."""
+    """The gradient was not finite. Raised in all processes; a BaseException, so that none handles it as an error."""
 
 
 def start(run, step=None):

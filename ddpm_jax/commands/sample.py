@@ -270,7 +270,7 @@ def check_edit(args, config):
 
 
 def read(path, shape, value_range=()):
-    """(a picture file in the model's shape, in [-1, 1]; its own height and width); value_range: data.range of the run."""
+    """(a picture file in the model's shape, in [-1, 1]; its own height and width); value_range: the run's data.range"""
     from ddpm_jax import data
 
     try:
@@ -295,8 +295,9 @@ def read_mask(path, known, size, shape):
 
     mask, (mask_height, mask_width) = read(path, shape)
     levels, (height, width) = (mask + 1) / 2, size
-    tolerance = max(height, width, mask_height, mask_width)  # for rounding
-    if abs(height * mask_width - width * mask_height) > tolerance:
+    if abs(height * mask_width - width * mask_height) > max(
+        height, width, mask_height, mask_width
+    ):  # more than rounding
         raise errors.ConfigError(
             f"--inpaint={known} is {width}x{height}, --mask={path} {mask_width}x{mask_height}: they would be cropped "
             f"differently to the model's {shape[1]}x{shape[0]}; give both the same size, or crop both to that one"

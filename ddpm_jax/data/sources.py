@@ -79,10 +79,7 @@ def from_npz(path: str, image_size: tuple[int, ...], channels: int, **_) -> Data
     if images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise DataError(f"{names[0]} of {path} have the shape {images.shape}; (N, height, width, 1 or 3) is needed")
     if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
-        raise DataError(
-            f"{names[1]} of {path} are {labels.dtype} of shape {labels.shape}, not integers, one for each of "
-            f"{len(images)} images"
-        )
+        raise DataError(f"{names[1]} of {path} are {labels.dtype} of shape {labels.shape}, not {len(images)} integers")
     if len(images) and images.shape[1:] != (*(image_size or images.shape[1:3]), channels or images.shape[-1]):
         images = np.concatenate([fit_array(image, image_size, channels).images for image in images])
     return Dataset(images, labels)
@@ -153,8 +150,7 @@ def from_folder(
 def _split_folder(folder, names, split):
     """The subfolder of `folder` with its `split`, or "" for the whole folder; `names`: the relative paths of its files.
 
-    The default, train, is the whole folder unless it is divided into splits: if two or more of its subfolders, or all,
-    have the name of a split.
+    The default, train, is the whole folder unless two or more of its subfolders, or all, have the name of a split.
     """
     tops = sorted({_top(name) for name in names if os.sep in name})
     splits = [top for top in tops if any(top.lower() in synonyms for synonyms in SPLITS)]

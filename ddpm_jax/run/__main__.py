@@ -32,14 +32,13 @@ def main(argv=None):
             run_lock = lock(workdir)  # refuses while a run is writing there
         with run_lock:
             checkpoint.delete(checkpoint.leftovers(folder))
-    fault, newest_meta = "there is none", None
+    fault, newest = "there is none", None
     for step, meta, fault in checkpoint.verify(folder):
         size = _megabytes(folder / str(step))
         print(f"step {step:>9,}  {size:>10,.1f} MB  {f'DAMAGED: {fault}' if fault else 'intact'}")
-        newest_meta = newest_meta if fault else meta
-    if newest_meta:
-        fields = {name: value for name, value in newest_meta.items() if isinstance(value, (int, str))}
-        fields |= newest_meta["versions"]
+        newest = newest if fault else meta
+    if newest:
+        fields = {name: value for name, value in newest.items() if isinstance(value, (int, str))} | newest["versions"]
         print("newest intact: " + ", ".join(f"{name} {value}" for name, value in fields.items()))
     for path in checkpoint.leftovers(folder):
         print(f"left over: {path.name}, {_megabytes(path):,.1f} MB; --clean deletes it")

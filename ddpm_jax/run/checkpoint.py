@@ -145,9 +145,8 @@ def _start_save(manager, step, args):
 def _check_disk_space(folder, step, size):
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise CheckpointError(
-            f"step {step} was not saved: it needs {size / 1e6:,.1f} MB and {folder} has {free / 1e6:,.1f} MB free"
-        )
+        sizes = f"it needs {size / 1e6:,.1f} MB and {folder} has {free / 1e6:,.1f} MB free"
+        raise CheckpointError(f"step {step} was not saved: {sizes}")
 
 
 def _nonempty(state):
@@ -232,12 +231,11 @@ def load(folder, items, expect=None, step=None, config=None):
     Raises CheckpointError when there is no step, when none is intact (with the reason for each), or when the newest
     intact one does not fit the model.
     """
-    reasons, available = [], steps(folder)
-    if step is not None and step not in available:
-        known = ", ".join(map(str, available)) or "none"
-        raise CheckpointError(f"there is no step {step} in {folder}; there are {known}")
+    reasons, known = [], steps(folder)
+    if step is not None and step not in known:
+        raise CheckpointError(f"there is no step {step} in {folder}; there are {', '.join(map(str, known)) or 'none'}")
     with open_manager(folder, read_only=True) as manager:
-        for candidate in [step] if step is not None else reversed(available):
+        for candidate in [step] if step is not None else reversed(known):
             try:
                 meta = _restore_meta(manager, candidate)
                 _check_format(f"step {candidate} in {folder}", meta)
@@ -259,10 +257,8 @@ def load(folder, items, expect=None, step=None, config=None):
 
 def _check_format(where, meta):
     if meta["format"] != FORMAT:
-        raise CheckpointError(
-            f"{where} has format {meta['format']} of ddpm_jax {meta['versions']['ddpm_jax']}, this is {__version__} "
-            f"with format {FORMAT}; use the former"
-        )
+        theirs = f"format {meta['format']} of ddpm_jax {meta['versions']['ddpm_jax']}"
+        raise CheckpointError(f"{where} has {theirs}, this is {__version__} with format {FORMAT}; use the former")
 
 
 def verify(folder):

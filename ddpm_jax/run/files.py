@@ -49,8 +49,7 @@ def _flock(file, operation):
         if error.errno not in NO_LOCKS:
             raise
         warnings.warn(
-            f"{file.name} cannot be locked ({error.strerror}); make sure that no other process writes there",
-            stacklevel=3,
+            f"{file.name} cannot be locked ({error.strerror}); let no other process write there", stacklevel=3
         )
 
 

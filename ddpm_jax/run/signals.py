@@ -22,7 +22,6 @@ def catch():
     """Catch the signals in CODES. The value is stop_requested(): the exit code for the signal received, or None.
 
     Ignored signals (nohup, a background job of a script) stay ignored. Outside the main thread no signal is caught.
-
     Before the first call of stop_requested() there is nothing to save, and a signal ends the process. After it, a
     second Ctrl-C ends the process: whatever is being written is not committed, so nothing is harmed.
     """
