@@ -63,7 +63,7 @@ class StepTimer:
 class Metrics:
     """The metrics of the steps since the last log line.
 
-    They are read with a delay of one call, so that the device never waits, unless they are needed immediately.
+    They are read one call late, so that the device never waits, except when they are needed immediately.
     """
 
     def __init__(self, step, window, check):

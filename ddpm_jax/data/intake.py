@@ -122,7 +122,7 @@ def _check_size(width, height, image_size):
 
 
 def _check_aspect(width, height, image_size):
-    """Refuse a picture of which cropping would keep less than 1 / MAX_ASPECT."""
+    """Refuse a picture if cropping would keep less than 1 / MAX_ASPECT of it."""
     if _cropped_share(width, height, image_size) * MAX_ASPECT < 1:
         raise ValueError(f"{width}x{height} is too long: {image_size[1]}x{image_size[0]} would keep too little of it")
 

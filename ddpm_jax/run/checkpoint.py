@@ -97,7 +97,7 @@ def _digest_meta(meta):
 
 
 class _NoCopy(np.ndarray):
-    """An array that Orbax does not copy before it saves in the background; nothing else writes to it."""
+    """An array that Orbax saves in the background without a copy, which is safe because nothing else writes to it."""
 
     def __deepcopy__(self, memo):
         return self
@@ -137,9 +137,8 @@ def _start_save(manager, step, args):
     except Exception as error:  # Orbax passes on any error of its file layer
         raise _save_error(manager, error) from error
     if not saved:
-        raise CheckpointError(
-            f"step {step} was not saved: {manager.directory} already holds step {steps(manager.directory)[-1]}"
-        )
+        newest = steps(manager.directory)[-1]
+        raise CheckpointError(f"step {step} was not saved: {manager.directory} already holds step {newest}")
 
 
 def _check_disk_space(folder, step, size):
@@ -178,10 +177,10 @@ def close(manager):
 
 
 def make_saver(manager, max_failures=3):
-    """save_or_warn(state=None, last=False, **meta): save a checkpoint; a failed save does not end the run.
+    """save_or_warn(state=None, last=False, **meta): save a checkpoint; a failed save is a warning and the run goes on.
 
-    Called at every step, without a state where nothing is to be saved, it reports failures in the background early.
-    A failure is a warning. The `last` save, and one after `max_failures` failures in a row, is waited for and raises.
+    Call it after every step: without a state it only reports a save that has failed in the background. The `last` save,
+    and any after `max_failures` failures in a row, is waited for and raises CheckpointError if it fails.
     """
     failures = []  # for each failure, the newest good step at that time
 
@@ -216,11 +215,9 @@ def _save_error(manager, error):
         manager.wait_until_finished()
     delete(unfinished(manager.directory))
     manager.reload()
-    free = shutil.disk_usage(manager.directory).free
+    free = f"{shutil.disk_usage(manager.directory).free / 1e6:,.1f} MB free"
     reason = " ".join(str(error).split())[:160]
-    return CheckpointError(
-        f"a checkpoint could not be written to {manager.directory}, {free / 1e6:,.1f} MB free ({reason})"
-    )
+    return CheckpointError(f"a checkpoint could not be written to {manager.directory}, {free} ({reason})")
 
 
 def load(folder, items, expect=None, step=None, config=None):

@@ -128,7 +128,7 @@ def revision():
 def resume(parts, template, data, workdir, step=None, allowed=()):
     """(TrainState, meta, lines on what has changed since) of the newest intact checkpoint, or of `step`.
 
-    The newest is also taken if the run was continued from `step` already, so that the same command can be repeated.
+    The newest is also used if the run was continued from `step` already: the same command may be repeated.
     data: the fingerprint of the data. It must be the checkpoint's, unless a field of data is `allowed` to change or the
     checkpoint was imported and has none.
     Later steps are set aside.

@@ -95,8 +95,8 @@ def write(
 ) -> tuple[int, np.ndarray, int | None]:
     """(number of images in full shards, remaining images, exit code) of `batches` (b, H, W, C) from image `done` on.
 
-    Full shards are written at once, a partial one every FLUSH_SECONDS and when stop_requested() gives an exit code,
-    which ends the drawing. before_write() is called before each write; a few images drawn fast need no shards.
+    Full shards are written immediately. A partial one is written every FLUSH_SECONDS, and when stop_requested() gives
+    an exit code, which ends the drawing. before_write() is called before each write; few images may need none.
     """
     base, code, last = done // size * size, None, time.monotonic()
     pending = [_read(path(folder, done // size))["images"] if done % size else np.zeros((0, *shape), np.uint8)]
