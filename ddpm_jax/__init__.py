@@ -5,6 +5,6 @@ This file does not import JAX, so that `--help` and argument errors answer befor
 
 from ddpm_jax import environment
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 environment.prepare()

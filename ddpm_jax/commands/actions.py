@@ -1,16 +1,19 @@
 """Periodic actions between training steps, such as saving and logging, and the metrics between two log lines."""
 
 import contextlib
+import functools
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
-from ddpm_jax import errors, parallel, training
-from ddpm_jax.run import log, snapshots
+from ddpm_jax import data, errors, parallel, training
+from ddpm_jax.commands import recovery
+from ddpm_jax.run import boards, checkpoint, log, profiling, snapshots
 
 
 class Action(NamedTuple):
@@ -63,7 +66,7 @@ class StepTimer:
 class Metrics:
     """The metrics of the steps since the last log line.
 
-    They are read one call late, so that the device never waits, except when they are needed immediately.
+    They are read with a delay of one call, so that the device never waits, unless they are needed immediately.
     """
 
     def __init__(self, step, window, check):
@@ -90,7 +93,63 @@ def _on_host(metrics):
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def make_actions(run, start, metrics, timer, writer, save_or_warn):
+class Tools(NamedTuple):
+    """What the training loop needs besides the program."""
+
+    batches: Iterator  # of (number of steps, their batches), prefetched
+    profile: Callable  # (step, state), before each step
+    agree: Callable  # (exit code or None) -> the exit code of all processes, or None
+    metrics: Metrics
+    timer: StepTimer
+    actions: list[Action]
+    save_or_warn: Callable  # () reports a save that failed in the background
+    writer: log.Log
+
+
+@contextlib.contextmanager
+def open_tools(run, start, first):
+    """The Tools for the steps from `first` on, closed in reverse order."""
+    config = run.parts.config.train
+    with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(_open_log(run, start.state, first))
+        manager = checkpoint.open_manager(run.workdir / "checkpoints", config.keep, config.keep_every)
+        stack.callback(checkpoint.close, manager)
+        batches = stack.enter_context(contextlib.closing(_prefetch(run.program, config, first, start.rollbacks)))
+        profile = stack.enter_context(profiling.profiler(run.span, run.workdir / "profile", run.say))
+        stack.enter_context(parallel.exit_with_others())  # entered last: its timer must run while the rest closes
+        save_or_warn, timer = checkpoint.make_saver(manager), StepTimer(first)
+        check = functools.partial(recovery.check_finite, config=config, manager=manager)
+        metrics = Metrics(first, start.window, check)
+        actions = _make_actions(run, start, metrics, timer, writer, save_or_warn)
+        yield Tools(batches, profile, parallel.make_agreement(), metrics, timer, actions, save_or_warn, writer)
+
+
+@contextlib.contextmanager
+def _open_log(run, state, first):
+    """The Log of the first process, from the step `first` on; a silent one in the others."""
+    writer = log.SILENT
+    if parallel.is_first():
+        snapshots.drop_after(run.workdir / "averages", first - int(np.max(state.skipped)))
+        with errors.writing(f"--workdir={run.workdir}"):
+            dashboards = boards.open_boards(run.workdir, first, run.args.wandb, run.meta["config"])
+            writer = log.open_log(run.workdir, first, run.parts.config.train.steps, dashboards)
+    try:
+        yield writer
+    finally:
+        writer.close()
+
+
+def _prefetch(program, config, first, rollbacks):
+    last, per_call = config.steps, config.steps_per_call
+
+    def make_batches(call):
+        steps = range(max(first, call * per_call), min(last, (call + 1) * per_call))
+        return len(steps), program.batches(steps, rollbacks)
+
+    return data.prefetch(make_batches, first // per_call, -(-last // per_call))
+
+
+def _make_actions(run, start, metrics, timer, writer, save_or_warn):
     """The Actions of a run, in order."""
     config = run.parts.config.train
     meta = run.meta | {"rollbacks": start.rollbacks, "branch": start.branch}

@@ -5,7 +5,6 @@ The same command resumes the run. Everything about the run is in its folder; sam
 
 import contextlib
 import dataclasses
-import functools
 import re
 import time
 from collections.abc import Callable
@@ -48,7 +47,7 @@ class Args(options.Arguments):
         options.below(10**6),
     )
     cpu_devices: int = options.option(
-        0, "as how many devices a CPU is used; 0 for up to one a core", options.at_least(0)
+        0, "number of devices that a CPU is split into; 0 for up to one per core", options.at_least(0)
     )
     wandb: str = options.option("", "Weights & Biases project to log the run to (needs the extra wandb)")
     profile: str = options.option(
@@ -175,6 +174,7 @@ class Run(NamedTuple):
     """The parts of a run that do not change from step to step."""
 
     args: Args
+    span: tuple[int, int]  # of the steps to trace
     parts: Any  # experiment.Experiment
     program: Any  # program.Program
     workdir: Path
@@ -202,7 +202,7 @@ def train(args, parts, dataset, fingerprint, workdir, stop_requested, say, argv)
         write_grid = progress.make_grid_writer(parts, workdir, keep_alive)
         evaluate = progress.make_evaluator(parts, dataset, keep_alive, say)
         made = program.make(parts, dataset)
-        run = Run(args, parts, made, workdir, meta, stop_requested, keep_alive, write_grid, evaluate, say)
+        run = Run(args, span(args), parts, made, workdir, meta, stop_requested, keep_alive, write_grid, evaluate, say)
         start = recovery.start(run, args.step or None)
         parallel.on_all_processes(lambda: parallel.is_first() and run_folder.record(workdir, parts.config, argv))
         say("compiling the training step")
@@ -214,86 +214,39 @@ def train(args, parts, dataset, fingerprint, workdir, stop_requested, say, argv)
 
 
 def take_steps(run, start):
-    """Every step of Algorithm 1 from `start` on, and the actions due after each; the exit code."""
+    """Every step of Algorithm 1 from `start` on, each followed by the actions due; the exit code."""
     import jax
     import numpy as np
 
-    from ddpm_jax import parallel
-    from ddpm_jax.commands import actions, recovery
-    from ddpm_jax.run import checkpoint, profiling
+    from ddpm_jax.commands import actions
 
-    config, started = run.parts.config.train, time.monotonic()
-    first, last, code = int(np.max(start.state.step)), config.steps, None
-    state, step = run.program.place(start.state), first
-    with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(open_log(run, start.state))
-        manager = checkpoint.open_manager(run.workdir / "checkpoints", config.keep, config.keep_every)
-        stack.callback(checkpoint.close, manager)
-        batches = stack.enter_context(contextlib.closing(prefetched(run.program, config, first, start.rollbacks)))
-        profile = stack.enter_context(profiling.profiler(span(run.args), run.workdir / "profile", run.say))
-        stack.enter_context(parallel.exit_with_others())  # entered last: its timer must run while the rest closes
-
-        save_or_warn, agree = checkpoint.make_saver(manager), parallel.make_agreement()
-        timer = actions.StepTimer(first)
-        check = functools.partial(recovery.check_finite, config=config, manager=manager)
-        metrics = actions.Metrics(first, start.window, check)
-        periodic = actions.make_actions(run, start, metrics, timer, writer, save_or_warn)
-        while step < last and code is None:
-            with timer.working():
-                with timer.waiting():
-                    num_steps, batch = next(batches)
-                profile(step, state)
-                state, step_metrics = run.program.step(state, batch, start.rollbacks)
+    config, first = run.parts.config.train, int(np.max(start.state.step))
+    state, step, code = run.program.place(start.state), first, None
+    with actions.open_tools(run, start, first) as tools:
+        started = time.monotonic()
+        while step < config.steps and code is None:
+            with tools.timer.working():
+                with tools.timer.waiting():
+                    num_steps, batch = next(tools.batches)
+                tools.profile(step, state)
+                state, metrics = run.program.step(state, batch, start.rollbacks)
                 step += num_steps
-                code = agree(run.stop_requested())
-                due = [action for action in periodic if action.is_due(step, last, code is not None)]
-                metrics.add(step_metrics, read_all=bool(due))
-            writer.advance(step)
+                code = tools.agree(run.stop_requested())
+                due = [action for action in tools.actions if action.is_due(step, config.steps, code is not None)]
+                tools.metrics.add(metrics, read_all=bool(due))
+            tools.writer.advance(step)
             if step == first + num_steps:
-                jax.block_until_ready(step_metrics)
+                jax.block_until_ready(metrics)
                 run.say(f"first step, compilation included: {time.monotonic() - started:.1f} s")
-                timer.reset(step)
+                tools.timer.reset(step)
             run.keep_alive()
-            save_or_warn()  # reports a save that has failed in the background
+            tools.save_or_warn()  # reports a save that has failed in the background
             for action in due:
-                action(step, state, ending=step == last or code is not None)
+                action(step, state, ending=step == config.steps or code is not None)
     if code is not None:
         run.say(f"stopped by a signal; step {step:,} is saved and the same command resumes from it")
         return code
-    took, samples = log.format_duration(time.monotonic() - started), run.workdir / "samples"
-    run.say(f"finished step {last:,} in {took}, loss {metrics.last['loss']:.4f}; samples: {samples}")
+    took, loss = log.format_duration(time.monotonic() - started), tools.metrics.last["loss"]
+    run.say(f"finished step {step:,} in {took}, loss {loss:.4f}; samples: {run.workdir / 'samples'}")
     run.say(f"more samples: python {commands.prog_name('sample')} --workdir={run.workdir}")
     return 0
-
-
-@contextlib.contextmanager
-def open_log(run, state):
-    """The Log of the first process, from the step of `state` on; a silent one in the others."""
-    import numpy as np
-
-    from ddpm_jax import parallel
-    from ddpm_jax.run import boards, snapshots
-
-    writer, step = log.SILENT, int(np.max(state.step))
-    if parallel.is_first():
-        snapshots.drop_after(run.workdir / "averages", step - int(np.max(state.skipped)))
-        with errors.writing(f"--workdir={run.workdir}"):
-            dashboards = boards.open_boards(run.workdir, step, run.args.wandb, run.meta["config"])
-            writer = log.open_log(run.workdir, step, run.parts.config.train.steps, dashboards)
-    try:
-        yield writer
-    finally:
-        writer.close()
-
-
-def prefetched(program, config, first, rollbacks):
-    """Yield (number of steps, their batches) for each call of the training step from step `first` on, prefetched."""
-    from ddpm_jax import data
-
-    last, per_call = config.steps, config.steps_per_call
-
-    def make_batches(call):
-        steps = range(max(first, call * per_call), min(last, (call + 1) * per_call))
-        return len(steps), program.batches(steps, rollbacks)
-
-    return data.prefetch(make_batches, first // per_call, -(-last // per_call))
