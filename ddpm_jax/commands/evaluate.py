@@ -24,7 +24,7 @@ class Args(options.Arguments):
     step: int = options.option(0, "of the checkpoint; 0 for the newest", options.at_least(0))
     metrics: tuple[str, ...] = options.option(
         ("nll",),
-        "what to measure, any of " + ",".join(METRICS),
+        "what to measure, of " + ",".join(METRICS),
         options.each(options.one_of(*METRICS)),
         ("at least one of " + ", ".join(METRICS), len),
     )
