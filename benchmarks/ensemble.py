@@ -34,7 +34,7 @@ def main(argv=None):
     import jax
 
     from ddpm_jax import data, parallel, program
-    from ddpm_jax.commands.dry_run import made_up
+    from ddpm_jax.commands.dry_run import synthetic_batch
     from ddpm_jax.run import log
 
     train = args.config.train
@@ -44,7 +44,7 @@ def main(argv=None):
     )
     measures = []
     for members in (args.members, 1):
-        parts, batch = made_up(options.replace(args.config, {"train.ensemble": members}))
+        parts, batch = synthetic_batch(options.replace(args.config, {"train.ensemble": members}))
         made = program.make(parts, data.Dataset(batch["image"], batch.get("label")))
         measures.append(repeated(made, args.block, args.members // members))
     together, apart = measures

@@ -46,7 +46,7 @@ def main(argv=None):
         raise errors.ConfigError(f"{error.name} is missing: pip install -e '.[peers]'") from error
 
     from ddpm_jax import experiment, parallel
-    from ddpm_jax.commands.dry_run import made_up
+    from ddpm_jax.commands.dry_run import synthetic_batch
     from ddpm_jax.run import checkpoint, log
 
     train = args.config.train
@@ -56,7 +56,7 @@ def main(argv=None):
         torch.set_num_threads(args.threads)
     log.note(f"{parallel.describe()}, jax {checkpoint.versions()['jax']}")
     log.note(f"{torch.get_num_threads()} threads, torch {torch.__version__}, diffusers {diffusers.__version__}")
-    parts, batch = made_up(args.config)
+    parts, batch = synthetic_batch(args.config)
     log.note(
         f"{args.config_file}: {experiment.parameter_count(parts):,} parameters, "
         f"{train.batch_size} images of {'x'.join(map(str, parts.shape))} a step\n"

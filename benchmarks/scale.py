@@ -54,9 +54,9 @@ def prepare(args, devices):
     import jax
 
     from ddpm_jax import keys, parallel
-    from ddpm_jax.commands.dry_run import collectives, made_up
+    from ddpm_jax.commands.dry_run import collectives, synthetic_batch
 
-    parts, batch = made_up(options.replace(args.config, {"train.batch_size": args.share * len(devices)}))
+    parts, batch = synthetic_batch(options.replace(args.config, {"train.batch_size": args.share * len(devices)}))
     batch = jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), batch)
     state, root = parallel.replicate(parts.init_state(), devices), keys.root(0, "train")
     compiled = parallel.pmap_step(parts.train_step, devices).lower(state, batch, root).compile()

@@ -63,9 +63,9 @@ def prepare(config):
     import numpy as np
 
     from ddpm_jax import keys, parallel, training
-    from ddpm_jax.commands.dry_run import made_up
+    from ddpm_jax.commands.dry_run import synthetic_batch
 
-    parts, batch = made_up(config)
+    parts, batch = synthetic_batch(config)
     number = config.train.steps_per_call
     batch = jax.tree.map(lambda x: np.stack([x] * number, 1), parallel.shard(batch))
     state, root = parallel.replicate(parts.init_state()), keys.root(0, "train")

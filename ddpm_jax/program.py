@@ -51,7 +51,7 @@ def _ensemble(parts, dataset):
     members = [experiment.member_config(parts.config, i).train for i in range(config.ensemble)]
     seeds = [member.seed for member in members]
     scales = np.float32([member.learning_rate for member in members]) / np.float32(config.learning_rate)
-    train_members, place = parallel.spread(training.ensemble_steps(parts.train_step), config.ensemble)
+    train_members, place = parallel.shard_members(training.ensemble_steps(parts.train_step), config.ensemble)
 
     @partial(jax.jit, donate_argnums=0)
     def train(state, batches, roots):

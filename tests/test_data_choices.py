@@ -79,14 +79,14 @@ def test_fault_79_classes_that_are_called_like_a_split(album):
 @pytest.mark.parametrize(("name", "value"), [("split", "banana"), ("range", (0.0, 9.0)), ("frames", "all")])
 def test_fault_79_a_field_that_npz_has_no_use_for(tmp_path, name, value):
     np.savez(tmp_path / "a.npz", images=np.zeros((3, 4, 4), np.uint8))
-    with pytest.raises(DataError, match=f"data.{name}=.* means nothing to data.source=npz:"):
+    with pytest.raises(DataError, match=f"data.{name}=.* does not apply to data.source=npz:"):
         load(f"npz:{tmp_path / 'a.npz'}", **{name: value})
 
 
 def test_a_field_that_changes_nothing_is_told(tmp_path, capsys):
     np.savez(tmp_path / "a.npz", images=np.zeros((3, 4, 4), np.uint8))
     load(f"npz:{tmp_path / 'a.npz'}", max_unreadable=0.0)
-    assert "data.max_unreadable=0.0 changes nothing with" in capsys.readouterr().out
+    assert "data.max_unreadable=0.0 has no effect with" in capsys.readouterr().out
 
 
 # --- values of more than 8 bits
@@ -119,7 +119,7 @@ def test_fault_80_a_range_of_the_whole_set(album):
 def test_fault_80_a_range_where_it_has_no_meaning(album):
     folder, load_album = album
     painted(folder, a=3)
-    with pytest.raises(DataError, match=r"a\.png \(8 bits a value, for which data\.range is not meant\)"):
+    with pytest.raises(DataError, match=r"a\.png \(8 bits per value, but data\.range is for more\)"):
         load_album(range=(0.0, 4095.0))
     for text in ("9,1", "1", "1,1"):
         with pytest.raises(ConfigError, match=r"data\.range=.* must be two increasing numbers"):
@@ -272,7 +272,7 @@ def test_fault_84_evaluation_is_told_the_new_place(moved, call):
     np.savez(folder / "there.npz", **arrays | {"images": 255 - arrays["images"]})
     code, _, said = call(evaluate, *options, there)
     assert code == 2
-    assert "has not the data of the run" in said
+    assert "is not the data of the run" in said
     assert call(evaluate, *options, there, "--other-data")[0] == 0
     assert json.loads((folder / "evaluation.json").read_text())["config"]["data"]["source"] == there[7:]
     assert experiment.restore(folder, "ema")[0].classes == ("a", "b", "c")

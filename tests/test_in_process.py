@@ -177,7 +177,7 @@ def test_fault_88_training_in_a_thread(start):
         thread.start()
         thread.join()
 
-    with pytest.warns(UserWarning, match="to the main thread alone: none saves and ends what runs here"):
+    with pytest.warns(UserWarning, match="to the main thread only: here none can save and stop"):
         in_a_thread()
     assert codes == [5]
 
@@ -212,7 +212,7 @@ def test_fault_87_the_cells_of_a_notebook(trained, environment, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("\n") == 2, done.stderr  # one warning, and the line that caused it
-    assert "UserWarning: Python tells signals to the main thread alone" in done.stderr
+    assert "UserWarning: Python delivers signals to the main thread only" in done.stderr
     assert fingerprint(tmp_path / "run") == fingerprint(trained)
     starts = json.loads((tmp_path / "run" / "run.json").read_text())
     own = [f"--workdir={tmp_path / 'run'}", *small]
@@ -260,7 +260,7 @@ def test_fault_89_a_place_at_home_without_a_home(run, homeless, tmp_path, name, 
     if option.endswith("folder:~/a"):
         argv.append("--config.data.image_size=8" if name.endswith("train") else "--image-size=8")
     main = importlib.import_module(name).main
-    with pytest.raises(ConfigError, match=r"~/a.* begins with ~, for which no folder is known here"):
+    with pytest.raises(ConfigError, match=r"~/a.* begins with ~, but there is no such home folder"):
         main(argv)
 
 

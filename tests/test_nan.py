@@ -88,7 +88,7 @@ def test_nan_sends_the_run_back_when_so_chosen(train, tmp_path):
     rollback = "--config.train.on_nan=rollback"
     done = train("step == 11 and not rollbacks", rollback)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"not finite at step 12 .*; on from step 10 with other batches and noise \(1 of", done.stderr)
+    assert re.search(r"not finite at step 12 .*; restarting from step 10 with other batches .* \(1 of", done.stderr)
     assert [row["step"] for row in logged_metrics(tmp_path / "run")] == [7, 14, 21, 28, 30]
     assert logged_metrics(tmp_path / "run")[-1]["skipped"] == 0
     assert train("False", workdir=tmp_path / "never").returncode == 0
@@ -107,5 +107,5 @@ def test_nan_that_comes_back_ends_the_run(train, tmp_path):
     assert done.returncode == 5
     *told, last = done.stderr.splitlines()
     assert [re.search(r"\((\d) of at most 2 times\)", line)[1] for line in told] == ["1", "2"]
-    assert re.match("error: the gradient was not finite at step 12 .*, after 2 roll-backs to step 10", last)
+    assert re.match("error: the gradient was not finite at step 12 .*, after 2 rollbacks to step 10", last)
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [5, 10]

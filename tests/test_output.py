@@ -21,7 +21,7 @@ def main(argv):
     folder, fails = sys.argv[1:]
     log.note("a note")
     warnings.warn("it is late")
-    assert list(log.progress(iter(range(3)), 3, "items")) == [0, 1, 2]
+    assert list(log.progress_bar(iter(range(3)), 3, "items")) == [0, 1, 2]
     writer = log.open_log(folder, 0, 3)
     for step in (1, 2, 3):
         writer.write({"step": step, "loss": 0.5, "skipped": 0, "seconds_per_step": None})

@@ -139,13 +139,13 @@ DISAGREE = {
         RATES,
         ("black", "black"),
         2,
-        ["the processes do not do the same: config/train/learning_rate is 0.1 in process 0, 0.2 in process 1\n"],
+        ["the processes were not started alike: config/train/learning_rate is 0.1 in process 0, 0.2 in process 1\n"],
     ),
     "fault_67 data": (
         RATES[:1] * 2,
         ("black", "white"),
         2,
-        ["the processes do not do the same: data is '40x8x8x1-", "' in process 0, '40x8x8x1-", "' in process 1\n"],
+        ["the processes were not started alike: data is '40x8x8x1-", "' in process 0, '40x8x8x1-", "' in process 1\n"],
     ),
     "fault_68 no data": (
         RATES[:1] * 2,
@@ -212,7 +212,7 @@ def main(argv):
     global me
     parallel.start(4, distributed="PLACE", cpu_devices=2, heartbeat=10)
     me = 1 - parallel.is_first()
-    with parallel.exit_with_others(2), signals.caught():
+    with parallel.exit_with_others(2), signals.catch():
         agree = parallel.make_agreement()
         time.sleep({wait} * (1 - me))
         agreed = [agree(None)]

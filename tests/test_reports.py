@@ -140,7 +140,7 @@ MISTAKES = {
     "few data": (["--reference-num=19"], 2, "19 images of the data are too few"),
     "features": (["--features=vgg"], 2, "features=vgg is not one of pixels, enl0, inception"),
     "no weights": (["--features=inception"], 2, "need --inception=FILE"),
-    "weights for nothing": (["--inception=a.pth"], 2, "--inception goes with --features=inception"),
+    "weights for nothing": (["--inception=a.pth"], 2, "--inception needs --features=inception"),
     "sampler": (["--sampler=euler"], 2, "euler"),
     "steps": (["--steps=13"], 2, "from 1 to T=12"),
     "reference": (["--reference=npz:none.npz"], 3, "cannot read none.npz"),

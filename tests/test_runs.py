@@ -49,7 +49,7 @@ def test_fault_14_a_change_is_refused_unless_allowed_by_name(begun, name, value)
         run_folder.check(folder, config)
     with pytest.raises(ConfigError, match=f"{name} is"):
         run_folder.check(folder, config, ("train.learning_rate",))
-    with pytest.warns(UserWarning, match=f"going on as another experiment: {name} is"):
+    with pytest.warns(UserWarning, match=f"continuing as another experiment: {name} is"):
         run_folder.check(folder, config, (name,))
 
 
@@ -73,7 +73,7 @@ def test_fault_14_other_data_are_refused_unless_allowed(begun):
         run_folder.resume(parts, template, "12x4x4x1-1", folder)
     state, _, lines = run_folder.resume(parts, template, "12x4x4x1-1", folder, allowed=("data.source",))
     assert state.step == 10
-    assert f"going on with other data: the run had {DATA}, the data now are 12x4x4x1-1" in lines
+    assert f"continuing with other data: the run had {DATA}, the data now are 12x4x4x1-1" in lines
 
 
 def test_fault_15_starts_in_one_second_and_a_clock_that_jumps(begun, monkeypatch):
@@ -123,7 +123,7 @@ def test_fault_41_images_of_another_size_are_told(begun):
     folder, parts, template = begun
     larger = experiment.make(parts.config, (8, 8, 1))
     _, _, lines = run_folder.resume(larger, template, DATA, folder)
-    assert "going on with images of another size: [4, 4, 1] is now [8, 8, 1]" in lines
+    assert "continuing with images of another size: [4, 4, 1] is now [8, 8, 1]" in lines
 
 
 def test_a_step_to_go_on_from(begun):
@@ -137,15 +137,15 @@ def test_a_step_to_go_on_from(begun):
 @pytest.mark.parametrize("letter", ["*", "?", "[", "]", "\\"])
 def test_a_path_from_which_orbax_cannot_read_is_refused(tmp_path, letter):
     with pytest.raises(ConfigError, match=f"a path with {re.escape(letter)}"):
-        run_folder.claim(tmp_path / f"a{letter}b" / "run")
+        run_folder.create_and_lock(tmp_path / f"a{letter}b" / "run")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_another_process_does_not_see(tmp_path):
     with pytest.raises(ConfigError, match="is not the same folder for all processes"):
-        run_folder.check_seen(tmp_path / "run")
-    run_folder.claim(tmp_path / "run").close()
-    run_folder.check_seen(tmp_path / "run")
+        run_folder.check_shared(tmp_path / "run")
+    run_folder.create_and_lock(tmp_path / "run").close()
+    run_folder.check_shared(tmp_path / "run")
 
 
 def test_checkpoints_without_a_config_are_left_alone(begun):

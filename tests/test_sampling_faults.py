@@ -108,12 +108,12 @@ def test_fault_73_nothing_there_is_written_over_unasked(run, call, tmp_path, nam
     given = [f"--workdir={run[0]}", f"--out={tmp_path}", "--num=2", "--steps=2", "--png", "--gif"]
     code, out, err = call(sample, *given)
     assert (code, out) == (2, "")
-    assert err == f"error: {tmp_path} already holds samples ({name}); take another --out, or say --overwrite\n"
+    assert err == f"error: {tmp_path} already holds samples ({name}); take another --out, or add --overwrite\n"
     assert (names(tmp_path), (tmp_path / name).read_bytes()) == ([name], b"mine")
     if name == "grid.png":
         code, out, _ = call(sample, *given, "--overwrite")
         assert (code, names(tmp_path)) == (0, OUTPUTS)
-        assert out.endswith(f"wrote {tmp_path / 'grid.png'}, samples.npz, denoising.gif, 2 images alone\n")
+        assert out.endswith(f"wrote {tmp_path / 'grid.png'}, samples.npz, denoising.gif, 2 single images\n")
         assert Image.open(tmp_path / "grid.png").format == "PNG"
 
 
@@ -125,7 +125,7 @@ def test_fault_73_an_evaluation_is_not_written_over_unasked(run, call, tmp_path,
         patch.setattr(evaluate, "on_run", None)  # refused before anything is computed
         code, told, err = call(evaluate, *given)
     assert (code, told) == (2, "")
-    assert err == f"error: {out} already exists; take another --out, or say --overwrite\n"
+    assert err == f"error: {out} already exists; take another --out, or add --overwrite\n"
     assert out.read_text() == "mine"
 
 
@@ -322,7 +322,7 @@ def test_fault_37_averages_of_pickles_execute_nothing(tmp_path, canary, kind):
         file.write_bytes(pickle.dumps(canary))
     else:
         np.savez(file, **{"crc32": np.uint32(0), "0.1/a": np.array([canary], dtype=object)})
-    with pytest.warns(UserWarning, match="averages left out"), pytest.raises(CheckpointError, match="no averages"):
+    with pytest.warns(UserWarning, match="averages skipped"), pytest.raises(CheckpointError, match="no averages"):
         snapshots.stored(tmp_path)
     assert not os.path.exists(canary.path)
 

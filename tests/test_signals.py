@@ -47,7 +47,7 @@ def run(program, *numbers, seconds=20):
 
 BEFORE = """
 def main(argv):
-    with signals.caught():
+    with signals.catch():
         now()
         time.sleep(10)
 
@@ -68,11 +68,11 @@ def test_a_signal_before_there_is_anything_to_save(number, code, told):
 def test_old_handlers_are_back_afterwards():
     program = """
     old = [signal.signal(number, print) for number in (signal.SIGINT, signal.SIGTERM)]
-    with signals.caught():
+    with signals.catch():
         assert signal.getsignal(signal.SIGTERM) is not print
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == [print, print]
     try:
-        with signals.caught():
+        with signals.catch():
             raise ValueError
     except ValueError:
         assert signal.getsignal(signal.SIGINT) is print
@@ -83,7 +83,7 @@ def test_old_handlers_are_back_afterwards():
 
 AFTER = """
 def main(argv):
-    with signals.caught() as asked:
+    with signals.catch() as asked:
         print(asked())
         for _ in range({times}):
             now()
@@ -138,7 +138,7 @@ def announce():
         now()
 
 def main(argv):
-    with signals.caught() as asked:
+    with signals.catch() as asked:
         asked()
         threading.Thread(target=announce, daemon=True).start()
         {wait}

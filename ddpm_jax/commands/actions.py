@@ -1,4 +1,4 @@
-"""What training does beside its steps: actions that are due every so often, and the metrics between two log lines."""
+"""Periodic actions between training steps, such as saving and logging, and the metrics between two log lines."""
 
 import contextlib
 import functools
@@ -17,13 +17,11 @@ from ddpm_jax.run import boards, checkpoint, log, profiling, snapshots
 
 
 class Action(NamedTuple):
-    """What is done after every so many steps, and after the last one."""
+    """Something to do every so many steps, and after the last step."""
 
     every: int
-    act: Callable  # (step, state, ending); ending: whether no step follows
-    on_stop: bool | None = (
-        None  # whether to act after the step at which a signal ends the run; None: as after any other
-    )
+    act: Callable  # (step, state, ending); ending: whether this was the last step
+    on_stop: bool | None = None  # whether to act when a signal ends the run; None: as after any other step
 
     def is_due(self, step, last, stopped):
         if stopped and self.on_stop is not None:
@@ -35,7 +33,7 @@ class Action(NamedTuple):
 
 
 class StepTimer:
-    """The seconds that the steps since the last reset took, and how many of them they waited for their batches."""
+    """The seconds spent in steps since the last reset, and the part of them spent waiting for batches."""
 
     def __init__(self, step):
         self.reset(step)
@@ -56,7 +54,7 @@ class StepTimer:
         self.waited += time.monotonic() - begun
 
     def report(self, step, batch_size):
-        """{name: mean over the steps up to `step`}, None where there are none."""
+        """{name: mean over the steps since the last reset}; None if there are no steps."""
         steps = step - self.first
         return {
             "images_per_second": batch_size * steps / self.busy if steps else None,
@@ -66,13 +64,13 @@ class StepTimer:
 
 
 class Metrics:
-    """The metrics of the steps since the last line of the log.
+    """The metrics of the steps since the last log line.
 
-    They are read one call late, while the device works on, except where they are needed at once.
+    They are read with a delay of one call, so that the device never waits, unless they are needed immediately.
     """
 
     def __init__(self, step, window, check):
-        """step: the last one of which they are known; window: theirs; check(row, step) may refuse a step."""
+        """window: the metrics up to `step` that are not logged yet; check(row, step) may raise an error."""
         self.step, self.window, self.check, self.unread = step, window, check, deque()
 
     def add(self, metrics, read_all):
@@ -84,7 +82,7 @@ class Metrics:
                 self.window.append(row)
 
     def take(self):
-        """One row of them, which stays as `last`; the next ones begin a new window."""
+        """The mean of the window as one row, also kept in `last`; starts a new window."""
         self.last, self.window = log.mean(self.window), []
         return self.last
 
@@ -96,21 +94,21 @@ def _on_host(metrics):
 
 
 class Tools(NamedTuple):
-    """What the steps of a run need beside its program."""
+    """What the training loop needs besides the program."""
 
-    batches: Iterator  # of (number of steps, their batches), made ahead
+    batches: Iterator  # of (number of steps, their batches), prefetched
     profile: Callable  # (step, state), before each step
-    agree: Callable  # (exit code or None) -> that of all processes
+    agree: Callable  # (exit code or None) -> the exit code of all processes, or None
     metrics: Metrics
     timer: StepTimer
     actions: list[Action]
-    keep: Callable  # () reports a save that failed in the background
+    save_or_warn: Callable  # () reports a save that failed in the background
     writer: log.Log
 
 
 @contextlib.contextmanager
 def open_tools(run, start, first):
-    """The Tools for the steps from `first` on, closed in the opposite order."""
+    """The Tools for the steps from `first` on, closed in reverse order."""
     config = run.parts.config.train
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(_open_log(run, start.state, first))
@@ -118,23 +116,23 @@ def open_tools(run, start, first):
         stack.callback(checkpoint.close, manager)
         batches = stack.enter_context(contextlib.closing(_prefetch(run.program, config, first, start.rollbacks)))
         profile = stack.enter_context(profiling.profiler(run.span, run.workdir / "profile", run.say))
-        stack.enter_context(parallel.exit_with_others())  # before the others are waited for in closing
-        keep, timer = checkpoint.make_keeper(manager), StepTimer(first)
+        stack.enter_context(parallel.exit_with_others())  # entered last: its timer must run while the rest closes
+        save_or_warn, timer = checkpoint.make_saver(manager), StepTimer(first)
         check = functools.partial(recovery.check_finite, config=config, manager=manager)
         metrics = Metrics(first, start.window, check)
-        actions = _make_actions(run, start, metrics, timer, writer, keep)
-        yield Tools(batches, profile, parallel.make_agreement(), metrics, timer, actions, keep, writer)
+        actions = _make_actions(run, start, metrics, timer, writer, save_or_warn)
+        yield Tools(batches, profile, parallel.make_agreement(), metrics, timer, actions, save_or_warn, writer)
 
 
 @contextlib.contextmanager
 def _open_log(run, state, first):
-    """The Log of the first process from the step `first` on; the others say nothing."""
+    """The Log of the first process, from the step `first` on; a silent one in the others."""
     writer = log.SILENT
     if parallel.is_first():
         snapshots.drop_after(run.workdir / "averages", first - int(np.max(state.skipped)))
         with errors.writing(f"--workdir={run.workdir}"):
-            shown = boards.open_boards(run.workdir, first, run.args.wandb, run.meta["config"])
-            writer = log.open_log(run.workdir, first, run.parts.config.train.steps, shown)
+            dashboards = boards.open_boards(run.workdir, first, run.args.wandb, run.meta["config"])
+            writer = log.open_log(run.workdir, first, run.parts.config.train.steps, dashboards)
     try:
         yield writer
     finally:
@@ -151,8 +149,8 @@ def _prefetch(program, config, first, rollbacks):
     return data.prefetch(make_batches, first // per_call, -(-last // per_call))
 
 
-def _make_actions(run, start, metrics, timer, writer, keep):
-    """The Actions of a run in the order in which they are taken."""
+def _make_actions(run, start, metrics, timer, writer, save_or_warn):
+    """The Actions of a run, in order."""
     config = run.parts.config.train
     meta = run.meta | {"rollbacks": start.rollbacks, "branch": start.branch}
 
@@ -168,26 +166,26 @@ def _make_actions(run, start, metrics, timer, writer, keep):
         timer.reset(step)
 
     def save(step, state, ending):
-        keep(state, last=ending, window=metrics.window, **meta)
+        save_or_warn(state, last=ending, window=metrics.window, **meta)
         run.keep_alive()
 
     def draw(step, state, ending):
-        for name, picture in run.write_grid(state, step).items():
-            writer.picture(name, picture, step)
+        for name, image in run.write_grid(state, step).items():
+            writer.image(name, image, step)
 
-    found = [Action(config.log_every, write_log)]
+    actions = [Action(config.log_every, write_log)]
     if config.averages and parallel.is_first():
-        found.append(Action(config.average_every, lambda step, state, ending: _store_averages(run, state)))
+        actions.append(Action(config.average_every, lambda step, state, ending: _store_averages(run, state)))
     return [
-        *found,
+        *actions,
         Action(config.checkpoint_every, save, on_stop=True),
         Action(config.sample_every, draw, on_stop=False),
     ]
 
 
 def _store_averages(run, state):
-    """Keep the power-function averages for good; one that cannot be written is missed with a warning."""
-    updates = int(state.step) - int(state.skipped)  # on the host: other processes do not come by here
+    """Write a snapshot of the power-function averages, or warn if that fails."""
+    updates = int(state.step) - int(state.skipped)  # on the host, because only the first process gets here
     lengths = run.parts.config.train.averages
     if updates:
         try:

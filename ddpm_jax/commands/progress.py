@@ -1,4 +1,4 @@
-"""Samples while a run trains: grids to look at, and a KID for its log. What cannot be made is missed with a warning."""
+"""Samples during training: image grids, and a KID for the log. A failure is a warning; training goes on."""
 
 import warnings
 
@@ -9,47 +9,47 @@ from ddpm_jax import errors, experiment, images, parallel, program
 from ddpm_jax.evaluation import features, samples
 
 
-def make_grid_writer(parts, workdir, feed):
-    """write_grid(state, step) -> {name: samples of the averaged parameters, always of the same keys, as one picture}.
+def make_grid_writer(parts, workdir, keep_alive):
+    """write_grid(state, step) -> {name: grid of samples}, drawn with the averaged parameters, always by the same keys.
 
-    One that cannot be made or written is missed with a warning; feed() is called after each batch.
+    A grid that cannot be drawn or written is skipped with a warning. keep_alive() is called after each batch.
     """
     config = parts.config.train
     draw = program.make_draw(parts, config.sampler, config.sample_steps)
 
     def write(params, seed, file):
         batches = []
-        with parallel.memory_for("try a smaller train.sample_num"):
+        with parallel.memory_advice("try a smaller train.sample_num"):
             for batch in draw(params, config.sample_num, seed):
                 batches.append(batch[:, -1])
-                feed()
-        picture = images.grid(np.concatenate(batches))
-        images.save_png(workdir / "samples" / file, picture)
-        return picture
+                keep_alive()
+        grid = images.grid(np.concatenate(batches))
+        images.save_png(workdir / "samples" / file, grid)
+        return grid
 
     def write_grid(state, step):
-        pictures = {}
+        grids = {}
         if not parallel.is_first():
-            return pictures
+            return grids
         try:
             params = jax.device_get(state.ema_params)
             for i in range(config.ensemble):
-                mark, own = "", params
+                suffix, member_params = "", params
                 if config.ensemble > 1:
-                    mark, own = f"_member_{i}", jax.tree.map(lambda x, i=i: x[i], params)
+                    suffix, member_params = f"_member_{i}", jax.tree.map(lambda x, i=i: x[i], params)
                 seed = experiment.member_config(parts.config, i).train.seed
-                pictures[f"samples{mark}"] = write(own, seed, f"step_{step:09}{mark}.png")
+                grids[f"samples{suffix}"] = write(member_params, seed, f"step_{step:09}{suffix}.png")
         except (OSError, errors.UserError) as error:
             warnings.warn(f"there is no grid of samples at step {step}: {error}", stacklevel=2)
-        return pictures
+        return grids
 
     return write_grid
 
 
-def make_evaluator(parts, dataset, feed, say):
-    """evaluate(state, step) -> metrics of a few samples of the averaged parameters, where train.evaluate_every says so.
+def make_evaluator(parts, dataset, keep_alive, say):
+    """evaluate(state, step) -> metrics of a few samples of the averaged parameters, every train.evaluate_every steps.
 
-    They are always of the same keys. Where it fails there is a warning in place of metrics.
+    The keys are always the same. On failure it warns and returns no metrics.
     """
     config, data_config = parts.config.train, parts.config.data
     if not config.evaluate_every:
@@ -63,17 +63,17 @@ def make_evaluator(parts, dataset, feed, say):
         if not parallel.is_first() or (step % config.evaluate_every and step != config.steps):
             return {}
         try:
-            with parallel.memory_for("go on with train.evaluate_every=0"):
+            with parallel.memory_advice("continue with train.evaluate_every=0"):
                 params = jax.device_get(state.ema_params)
                 batches = draw(params, config.evaluate_num, config.seed)
-                drawn = samples.collect(batches, config.evaluate_num, parts.shape, lambda _: feed())
-                found = samples.quick_kid(
-                    drawn, dataset.images, where, extractor, data_config.cache_dir, lambda _: feed()
+                drawn = samples.collect(batches, config.evaluate_num, parts.shape, lambda _: keep_alive())
+                metrics = samples.quick_kid(
+                    drawn, dataset.images, where, extractor, data_config.cache_dir, lambda _: keep_alive()
                 )
         except (OSError, errors.UserError) as error:
             warnings.warn(f"there is no KID at step {step}: {error}", stacklevel=2)
             return {}
-        say(f"step {step:,}: {', '.join(f'{name} {value:.2f}' for name, value in found.items())}")
-        return found
+        say(f"step {step:,}: {', '.join(f'{name} {value:.2f}' for name, value in metrics.items())}")
+        return metrics
 
     return evaluate

@@ -1,4 +1,4 @@
-"""What training does when something goes wrong: it starts from the newest whole checkpoint, rolls back, or gives up."""
+"""How training recovers: it starts from the newest intact checkpoint, rolls back, or gives up."""
 
 import warnings
 from typing import Any, NamedTuple
@@ -11,21 +11,21 @@ from ddpm_jax.run import folder as run_folder
 
 
 class Start(NamedTuple):
-    """Where the steps begin."""
+    """Where training starts from."""
 
     state: Any  # TrainState
-    window: list  # the metrics of the steps since the last line of the log
-    rollbacks: int  # so far; after each, batches and noise are others
-    branch: int | None  # the step that --step named
-    tries: dict  # {step: how often the run was rolled back to it}
+    window: list  # the metrics of the steps since the last log line
+    rollbacks: int  # so far; each one changes the batches and the noise
+    branch: int | None  # the step given by --step
+    tries: dict  # {step: number of rollbacks to it}
 
 
 class RollBack(BaseException):
-    """A step was not finite; in all processes, so that none takes it for an error of its own."""
+    """The gradient was not finite. Raised in all processes; a BaseException, so that none handles it as an error."""
 
 
 def start(run, step=None):
-    """The Start at the newest whole checkpoint, or at that of `step`; at the first state where there is none."""
+    """The Start at the newest intact checkpoint, or at that of `step`; at the initial state if there is none."""
     if not (checkpoint.steps(run.workdir / "checkpoints") or step):
         return Start(run.program.init_state(), [], 0, None, {})
     template = jax.eval_shape(run.program.init_state)
@@ -38,29 +38,29 @@ def start(run, step=None):
 
 
 def roll_back(run, failed, failure):
-    """The Start after the steps from the Start `failed` ended in a RollBack. Raises Diverged after too many of them."""
-    found, most = start(run), run.parts.config.train.max_skipped
-    step = int(found.state.step.max())
+    """The Start after training from `failed`, a Start, ended in a RollBack. Raises Diverged after too many of them."""
+    restart, limit = start(run), run.parts.config.train.max_skipped
+    step = int(restart.state.step.max())
     tries = failed.tries | {step: failed.tries.get(step, 0) + 1}
-    if tries[step] > most:
-        raise errors.Diverged(f"{failure}, after {most} roll-backs to step {step}") from failure
+    if tries[step] > limit:
+        raise errors.Diverged(f"{failure}, after {limit} rollbacks to step {step}") from failure
     warnings.warn(
-        f"{failure}; on from step {step} with other batches and noise ({tries[step]} of at most {most} times)",
+        f"{failure}; restarting from step {step} with other batches and noise ({tries[step]} of at most {limit} times)",
         stacklevel=2,
     )
-    rollbacks = max(failed.rollbacks + 1, found.rollbacks)
-    return found._replace(rollbacks=rollbacks, branch=failed.branch or found.branch, tries=tries)
+    rollbacks = max(failed.rollbacks + 1, restart.rollbacks)
+    return restart._replace(rollbacks=rollbacks, branch=failed.branch or restart.branch, tries=tries)
 
 
 def check_finite(row, step, config, manager):
-    """Do as train.on_nan says when the gradient of the step with these metrics was not finite. It changed nothing."""
+    """Apply train.on_nan if the gradient of the step with these metrics was not finite. (That step changed nothing.)"""
     in_row = row["skipped_in_row"]
     if in_row < (config.max_skipped if config.on_nan == "skip" else 1):
         return
-    what = f"the gradient was not finite at step {step} ({in_row} in a row)"
-    checkpoint.settle(manager)
+    problem = f"the gradient was not finite at step {step} ({in_row} in a row)"
+    checkpoint.finish_or_warn(manager)
     if config.on_nan == "rollback":
-        raise RollBack(what)
+        raise RollBack(problem)
     good = checkpoint.steps(manager.directory)
     where = f"the last good checkpoint is {manager.directory / str(good[-1])}" if good else "no checkpoint was written"
-    raise errors.Diverged(f"{what}; {where}; try a lower train.learning_rate")
+    raise errors.Diverged(f"{problem}; {where}; try a lower train.learning_rate")

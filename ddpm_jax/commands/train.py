@@ -1,6 +1,6 @@
 """Train a diffusion model: python -m ddpm_jax train --config=configs/digits.py --workdir=runs/digits
 
-The same command again resumes. Everything of the run is in its folder; sampling needs nothing else.
+The same command resumes the run. Everything about the run is in its folder; sampling needs nothing else.
 """
 
 import contextlib
@@ -29,14 +29,14 @@ class Args(options.Arguments):
     workdir: str = options.option("", "folder of the run; runs/NAME of the config file when empty")
     step: int = options.option(
         0,
-        "checkpoint to go on from: later ones are set aside, later metrics and averages dropped; 0 for the newest",
+        "checkpoint to resume from: later ones are set aside, later metrics and averages dropped; 0 for the newest",
         options.at_least(0),
     )
     allow_change: tuple[str, ...] = options.option(
         (), "fields, such as train.batch_size,data.source, that may differ from those of the run in the folder"
     )
-    strict_data: bool = options.option(False, "take no folder with a picture that cannot be read")
-    dry_run: bool = options.option(False, "build, count, compile, take one step on made-up data, and leave")
+    strict_data: bool = options.option(False, "refuse a folder with a picture that cannot be read")
+    dry_run: bool = options.option(False, "build, count, compile, take one step on random data, and exit")
     topology: str = options.option("", "with --dry-run: compile for TPU chips that are not here, such as v5e:2x4")
     platform: str = options.option("auto", "what to run on", options.one_of("auto", "cpu", "gpu", "tpu"))
     distributed: str = options.option("auto", "several processes: auto, off or HOST:PORT,ID,COUNT")
@@ -47,12 +47,12 @@ class Args(options.Arguments):
         options.below(10**6),
     )
     cpu_devices: int = options.option(
-        0, "as how many devices a CPU is used; 0 for up to one a core", options.at_least(0)
+        0, "number of devices that a CPU is split into; 0 for up to one per core", options.at_least(0)
     )
-    wandb: str = options.option("", "project of Weights & Biases that is shown the run (needs the extra wandb)")
+    wandb: str = options.option("", "Weights & Biases project to log the run to (needs the extra wandb)")
     profile: str = options.option(
         "",
-        "START:STOP, the steps whose trace is written to WORKDIR/profile",
+        "START:STOP, the steps to trace, into WORKDIR/profile",
         ("START:STOP, two whole numbers of which the second is larger", is_span),
     )
     debug: bool = options.option(False, "show tracebacks")
@@ -85,26 +85,26 @@ def main(argv=None):
     )
     say = log.note if parallel.is_first() else lambda text: None
     say(f"ddpm_jax {checkpoint.versions()['ddpm_jax']} on {parallel.describe()}")
-    less = f"try a train.batch_size smaller than {config.batch_size}, train.accumulate=2 or more, or model.remat=true"
-    with parallel.exit_with_others(), signals.caught() as stop_requested, parallel.memory_for(less):
+    advice = f"try a train.batch_size smaller than {config.batch_size}, train.accumulate=2 or more, or model.remat=true"
+    with parallel.exit_with_others(), signals.catch() as stop_requested, parallel.memory_advice(advice):
         if args.dry_run:
             return compile_only(args, say)
         parts, dataset = parallel.on_all_processes(lambda: prepare(args, workdir, say))
         fingerprint = data.fingerprint(dataset)
-        there = checkpoint.steps(workdir / "checkpoints")
-        run_folder.check_same(
-            args.config, data=fingerprint, step=args.step, allow_change=args.allow_change, checkpoints=there
+        steps = checkpoint.steps(workdir / "checkpoints")
+        run_folder.check_processes_agree(
+            args.config, data=fingerprint, step=args.step, allow_change=args.allow_change, checkpoints=steps
         )
-        done = parallel.on_all_processes(lambda: run_folder.last_step(workdir, config.steps, args.step))
+        done = parallel.on_all_processes(lambda: run_folder.finished_step(workdir, config.steps, args.step))
         if done:
             say(f"already finished at step {done:,}; for more, --config.train.steps={2 * done}")
             return 0
-        # All is checked: from here on the folder of the run is written.
+        # All checks have passed: from here on the folder of the run is written.
         with parallel.on_all_processes(
-            lambda: run_folder.claim(workdir) if parallel.is_first() else contextlib.nullcontext()
+            lambda: run_folder.create_and_lock(workdir) if parallel.is_first() else contextlib.nullcontext()
         ):
-            parallel.on_all_processes(lambda: run_folder.check_seen(workdir))
-            command = [*commands.spelled("train").split(), *argv]
+            parallel.on_all_processes(lambda: run_folder.check_shared(workdir))
+            command = [*commands.prog_name("train").split(), *argv]
             return train(args, parts, dataset, fingerprint, workdir, stop_requested, say, command)
 
 
@@ -115,18 +115,18 @@ def compile_only(args, say):
 
     config = args.config.train
     if config.ensemble > 1:
-        raise errors.ConfigError("--dry-run is of one run; add --config.train.ensemble=1")
+        raise errors.ConfigError("--dry-run needs a single run; add --config.train.ensemble=1")
     devices = parallel.topology(args.topology) if args.topology else None
     parallel.check_batch_size(config.batch_size, config.accumulate, devices)
     if devices:
-        dry_run.for_topology(args.config, devices, say)
+        dry_run.compile_for_topology(args.config, devices, say)
     else:
         dry_run.dry_run(args.config, say)
     return 0
 
 
 def prepare(args, workdir, say):
-    """(Experiment, Dataset), after all checks that need no device."""
+    """(Experiment, Dataset), after all checks that need no device; the calls marked "raises" are such checks."""
     from ddpm_jax import data, experiment, parallel
     from ddpm_jax.run import checkpoint
     from ddpm_jax.run import folder as run_folder
@@ -135,7 +135,7 @@ def prepare(args, workdir, say):
     parallel.check_batch_size(config.train.batch_size, config.train.accumulate, members=config.train.ensemble)
     if args.step >= config.train.steps:
         raise errors.ConfigError(f"--step={args.step} must be less than train.steps={config.train.steps}")
-    span(args)  # refuses
+    span(args)  # raises
     run_folder.check(workdir, config, args.allow_change)
     dataset = data.load(**vars(config.data))
     images = "x".join(map(str, dataset.images.shape[1:]))
@@ -144,11 +144,11 @@ def prepare(args, workdir, say):
     if dataset.classes and checkpoint.steps(workdir / "checkpoints"):
         meta = checkpoint.load(workdir / "checkpoints", [])[0]
         dataset = data.with_labels_of_run(dataset, config.data.source, meta["data"], meta.get("classes"))
-    data.batch(dataset, 0, 0, config.train.batch_size)  # refuses too few images
+    data.batch(dataset, 0, 0, config.train.batch_size)  # raises for too few images
     if config.train.evaluate_every:
         from ddpm_jax.evaluation.features import enl0
 
-        enl0.find()  # refuses
+        enl0.find()  # raises
     parts = experiment.make(config, dataset.images.shape[1:])._replace(classes=dataset.classes)
     say(
         f"U-Net of {experiment.parameter_count(parts):,} parameters; {config.train.steps:,} steps "
@@ -171,25 +171,25 @@ def span(args):
 
 
 class Run(NamedTuple):
-    """What a run is made of; none of it changes from step to step."""
+    """The parts of a run that do not change from step to step."""
 
     args: Args
     span: tuple[int, int]  # of the steps to trace
     parts: Any  # experiment.Experiment
     program: Any  # program.Program
     workdir: Path
-    meta: dict  # what its checkpoints say besides the state
+    meta: dict  # entries of its checkpoints besides the state
     stop_requested: Callable  # () -> exit code or None
-    keep_alive: Callable  # (), tells the watchdog that the run goes on
-    write_grid: Callable  # (state, step) -> pictures
+    keep_alive: Callable  # (), resets the watchdog
+    write_grid: Callable  # (state, step) -> images
     evaluate: Callable  # (state, step) -> metrics
     say: Callable
 
 
 def train(args, parts, dataset, fingerprint, workdir, stop_requested, say, argv):
-    """Algorithm 1 from the newest checkpoint, or that of --step, or the beginning, to the last step; the exit code.
+    """Run Algorithm 1 from the newest checkpoint, that of --step, or the beginning to the last step; the exit code.
 
-    argv: the command, to be recorded.
+    argv: the command, for run.json.
     """
     from ddpm_jax import parallel, program
     from ddpm_jax.commands import progress, recovery
@@ -214,7 +214,7 @@ def train(args, parts, dataset, fingerprint, workdir, stop_requested, say, argv)
 
 
 def take_steps(run, start):
-    """Every step of Algorithm 1 from `start` on, each followed by the actions that are due; the exit code."""
+    """Every step of Algorithm 1 from `start` on, each followed by the actions due; the exit code."""
     import jax
     import numpy as np
 
@@ -223,30 +223,30 @@ def take_steps(run, start):
     config, first = run.parts.config.train, int(np.max(start.state.step))
     state, step, code = run.program.place(start.state), first, None
     with actions.open_tools(run, start, first) as tools:
-        begun = time.monotonic()
+        started = time.monotonic()
         while step < config.steps and code is None:
             with tools.timer.working():
                 with tools.timer.waiting():
-                    taken, batch = next(tools.batches)
+                    num_steps, batch = next(tools.batches)
                 tools.profile(step, state)
                 state, metrics = run.program.step(state, batch, start.rollbacks)
-                step += taken
+                step += num_steps
                 code = tools.agree(run.stop_requested())
                 due = [action for action in tools.actions if action.is_due(step, config.steps, code is not None)]
                 tools.metrics.add(metrics, read_all=bool(due))
             tools.writer.advance(step)
-            if step == first + taken:
+            if step == first + num_steps:
                 jax.block_until_ready(metrics)
-                run.say(f"first step, compilation included: {time.monotonic() - begun:.1f} s")
+                run.say(f"first step, compilation included: {time.monotonic() - started:.1f} s")
                 tools.timer.reset(step)
             run.keep_alive()
-            tools.keep()  # reports a save that has failed in the background
+            tools.save_or_warn()  # reports a save that has failed in the background
             for action in due:
                 action(step, state, ending=step == config.steps or code is not None)
     if code is not None:
-        run.say(f"stopped by a signal; step {step:,} is saved and the same command goes on from it")
+        run.say(f"stopped by a signal; step {step:,} is saved and the same command resumes from it")
         return code
-    took, loss = log.clock(time.monotonic() - begun), tools.metrics.last["loss"]
+    took, loss = log.format_duration(time.monotonic() - started), tools.metrics.last["loss"]
     run.say(f"finished step {step:,} in {took}, loss {loss:.4f}; samples: {run.workdir / 'samples'}")
-    run.say(f"more samples: python {commands.spelled('sample')} --workdir={run.workdir}")
+    run.say(f"more samples: python {commands.prog_name('sample')} --workdir={run.workdir}")
     return 0

@@ -1,4 +1,4 @@
-"""Prepare, describe and show a data source: python -m ddpm_jax.data tfds:fashion_mnist --out=grid.png"""
+"""Prepare, describe and preview a data source: python -m ddpm_jax.data tfds:fashion_mnist --out=grid.png"""
 
 import dataclasses
 import sys
@@ -6,12 +6,12 @@ import sys
 from ddpm_jax import errors, options
 from ddpm_jax.config import Data
 from ddpm_jax.run.files import expand
-from ddpm_jax.run.log import without_warnings_of_absl
+from ddpm_jax.run.log import hide_absl_warnings
 
 
 @dataclasses.dataclass(frozen=True)
 class Args(options.Arguments):
-    source: str = options.option("", "digits, tfds:NAME, folder:DIR or npz:FILE; also as the first word")
+    source: str = options.option("", "digits, tfds:NAME, folder:DIR or npz:FILE; may be the first argument")
     split: str = options.same_as(Data, "split")
     image_size: tuple[int, ...] = options.same_as(Data, "image_size")
     channels: int = options.same_as(Data, "channels")
@@ -26,31 +26,30 @@ class Args(options.Arguments):
     debug: bool = options.option(False, "show tracebacks")
 
 
-@without_warnings_of_absl()  # TFDS warns of what is as it should be
+@hide_absl_warnings()  # TFDS warns about normal conditions
 def main(argv=None):
-    """Print what the data are, one fact a line."""
+    """Print a description of the data, one fact per line."""
     argv = options.positional_to_options(options.command_line(argv), "source")
     args = options.parse(Args, argv, "-m ddpm_jax.data SOURCE", __doc__)
     if not args.source:
         raise errors.ConfigError("name a source, for example python -m ddpm_jax.data folder:my_pictures")
     if args.files and not args.source.startswith("tfds:"):
-        raise errors.ConfigError(f"--files={args.files} goes with a source tfds:NAME, not with {args.source}")
+        raise errors.ConfigError(f"--files={args.files} needs a source tfds:NAME, not {args.source}")
 
     import numpy as np
 
     from ddpm_jax import data
     from ddpm_jax.evaluation import metrics
 
-    named = {name: value for name, value in vars(args).items() if name not in ("num", "out", "debug")}
-    dataset = data.load(**named)
+    dataset = data.load(**{name: value for name, value in vars(args).items() if name not in ("num", "out", "debug")})
     count, height, width, channels = dataset.images.shape
     found = metrics.tint(dataset.images)
     mean, std = found.mean / 255, found.spread / 255
     print(f"{count:,} images of {height}x{width}x{channels}")
     print("mean", *(f"{value:.5f}" for value in mean), "std", *(f"{value:.5f}" for value in std), "(0 black, 1 white)")
     if dataset.labels is not None:
-        classes, each = np.unique(dataset.labels, return_counts=True)
-        print(f"{len(classes)} classes from {classes[0]} to {classes[-1]}, with", *(f"{n:,}" for n in each), "images")
+        classes, counts = np.unique(dataset.labels, return_counts=True)
+        print(f"{len(classes)} classes from {classes[0]} to {classes[-1]}, with", *(f"{n:,}" for n in counts), "images")
     if list(dataset.classes) != [str(i) for i in range(len(dataset.classes))]:
         print("labels", ", ".join(f"{i} {name!r}" for i, name in enumerate(dataset.classes)))
     print("fingerprint", data.fingerprint(dataset))

@@ -1,4 +1,4 @@
-"""The labels of a Dataset, as a model or an earlier run has them."""
+"""Matching the labels of a Dataset to a model or to an earlier run."""
 
 import os
 from collections.abc import Sequence
@@ -11,16 +11,16 @@ from ddpm_jax.run.log import note
 
 
 def reorder_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
-    """The Dataset with its labels counted in the order of `classes`; as it is where its classes have other names."""
+    """The Dataset with its labels numbered in the order of `classes`; unchanged if its classes have other names."""
     if not classes or sorted(classes) != sorted(dataset.classes) or dataset.labels is None:
         return dataset
-    place = {name: i for i, name in enumerate(classes)}
-    labels = np.array([place[name] for name in dataset.classes], np.int32)[dataset.labels]
+    number = {name: i for i, name in enumerate(classes)}
+    labels = np.array([number[name] for name in dataset.classes], np.int32)[dataset.labels]
     return dataset._replace(labels=labels, classes=tuple(classes))
 
 
 def with_labels(dataset: Dataset, num_classes: int) -> Dataset:
-    """The data set with labels if the model has classes, and without if not."""
+    """The Dataset with its labels if the model has classes, without them if not; ConfigError if they do not fit."""
     if not num_classes:
         return dataset._replace(labels=None, classes=())
     if dataset.labels is None:
@@ -32,13 +32,14 @@ def with_labels(dataset: Dataset, num_classes: int) -> Dataset:
 
 
 def with_labels_of_run(dataset: Dataset, source: str, data: str | None, classes: Sequence[str] | None) -> Dataset:
-    """The Dataset of a data.source with its labels counted as in a run with that fingerprint and those class names.
+    """The Dataset of a data.source with its labels numbered as in a run with this fingerprint and these class names.
 
-    A run from before the names were kept has those of a folder in byte order.
+    Older runs did not store class names; their folders were numbered in byte order.
     """
     if classes is None and data and source.startswith("folder:"):
         classes = sorted(dataset.classes, key=os.fsencode)
-    found = reorder_classes(dataset, classes or ())
-    if found.classes != dataset.classes:
-        note(f"the run counts its labels otherwise: {', '.join(found.classes[:5])}{', ...' * (len(found.classes) > 5)}")
-    return found
+    matched = reorder_classes(dataset, classes or ())
+    if matched.classes != dataset.classes:
+        names = ", ".join(matched.classes[:5]) + ", ..." * (len(matched.classes) > 5)
+        note(f"the run numbers its labels differently: {names}")
+    return matched

@@ -75,9 +75,9 @@ def import_run(args, path, argv):
     for note in found.notes:
         log.note(note)
     log.note(f"{path} is now step 0 of {workdir}: {experiment.parameter_count(parts):,} parameters")
-    log.note(f"python {commands.spelled('sample')} --workdir={workdir}{found.sampling}")
+    log.note(f"python {commands.prog_name('sample')} --workdir={workdir}{found.sampling}")
     source = "" if parts.config.data.source != "folder:" else " --config.data.source=folder:DIR"
-    log.note(f"python {commands.spelled('train')} --config={workdir}/config.json --workdir={workdir}{source}")
+    log.note(f"python {commands.prog_name('train')} --config={workdir}/config.json --workdir={workdir}{source}")
     return 0
 
 
@@ -87,7 +87,7 @@ def write_run(parts, params, workdir, argv=()):
     from ddpm_jax.run import checkpoint
     from ddpm_jax.run import folder as run_folder
 
-    with run_folder.claim(workdir):
+    with run_folder.create_and_lock(workdir):
         for path in (workdir / name for name in RUN):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         state = parts.init_state(params)

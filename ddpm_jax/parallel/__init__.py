@@ -1,10 +1,10 @@
-"""Devices and processes; the only rooms that know of them.
+"""Devices and processes; no code outside this package deals with them.
 
-devices.py chooses and describes the devices, launch.py joins the other processes, steps.py runs functions over the
-devices, pods.py keeps the processes together.
+devices.py chooses and describes the devices, launch.py joins the other processes, steps.py maps functions over the
+devices, pods.py coordinates the processes.
 """
 
-from ddpm_jax.parallel.devices import describe, memory_for, start, topology
+from ddpm_jax.parallel.devices import describe, memory_advice, start, topology
 from ddpm_jax.parallel.pods import exit_with_others, gather, is_first, make_agreement, on_all_processes
 from ddpm_jax.parallel.steps import (
     AXIS,
@@ -17,7 +17,7 @@ from ddpm_jax.parallel.steps import (
     pmap_step,
     replicate,
     shard,
-    spread,
+    shard_members,
 )
 
 __all__ = [
@@ -31,14 +31,14 @@ __all__ = [
     "local_rows",
     "make_agreement",
     "measure_batches",
-    "memory_for",
+    "memory_advice",
     "on_all_processes",
     "pmap_generate",
     "pmap_rows",
     "pmap_step",
     "replicate",
     "shard",
-    "spread",
+    "shard_members",
     "start",
     "topology",
 ]

@@ -1,4 +1,4 @@
-"""The devices of this process: chosen, described, and those of machines that are not here."""
+"""Choosing and describing the devices of this process, and TPU devices to compile for without having them."""
 
 import contextlib
 import importlib.util
@@ -19,16 +19,15 @@ from ddpm_jax.run.files import cache_folder
 
 
 def start(batch_size, accumulate=1, platform="auto", distributed="auto", cpu_devices=0, heartbeat=100, members=1):
-    """Choose the devices and join the other processes; to be called before any array is made.
+    """Choose the devices and join the other processes. Must be called before any array is created.
 
-    A process has one choice: where JAX has started, that of an earlier call, or of the program around it, stays, and
-    ConfigError says so when another is asked for.
+    Once JAX has started, here or in the program around this call, the choice is fixed; another one is a ConfigError.
 
-    platform: auto, or cpu, gpu, tpu, which refuses anything else. distributed: off; auto, which joins where SLURM,
-    Open MPI or a TPU pod says that there are several processes; or "HOST:PORT,ID,COUNT" spelled out. cpu_devices: as
-    how many devices a CPU shows itself; 0 for one a core, as far as they divide the batch into shares of 16 images or
-    more, or the `members` of an ensemble (XLA uses several cores better so than from one device). heartbeat: seconds of
-    silence after which a process counts as lost and the others end.
+    platform: cpu, gpu or tpu, or auto for the best available. distributed: off; auto to join the other processes of a
+    SLURM, Open MPI or TPU pod job; or "HOST:PORT,ID,COUNT". cpu_devices: the number of devices that a CPU is split
+    into; 0 for up to one per core, as long as they divide the batch into 16 images or more each, or the `members` of
+    an ensemble evenly (XLA uses the cores better as several devices). heartbeat: seconds of silence after which a
+    process counts as lost and the others end.
     """
     platforms_before = jax.config.jax_platforms
     if platform != "auto":
@@ -42,15 +41,15 @@ def start(batch_size, accumulate=1, platform="auto", distributed="auto", cpu_dev
     except ConfigError:
         jax.config.update("jax_platforms", platforms_before)
         raise
-    # Connect all devices now: XLA waits 30 s for the others to connect, but after that for as long as they need.
+    # Connect all devices now: XLA waits only 30 s for a connection, but without limit for a result later.
     gather("")
     make_agreement()(None)
 
 
-def _split_cpu(wanted, batch_size, accumulate, members):
-    """Let a CPU show itself as `wanted` devices; 0 for as many as its cores, the batch and the members allow."""
-    devices = wanted
-    if not wanted and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+def _split_cpu(requested, batch_size, accumulate, members):
+    """Split a CPU into `requested` devices; 0 for as many as its cores, the batch and the members allow."""
+    devices = requested
+    if not requested and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         counts = range(2, cores + 1)
         if members > 1:
@@ -63,82 +62,82 @@ def _split_cpu(wanted, batch_size, accumulate, members):
     try:
         jax.config.update("jax_num_cpu_devices", devices)
     except RuntimeError as error:  # JAX has started
-        used = jax.local_device_count()
-        if wanted and wanted != used and jax.default_backend() == "cpu":
+        actual = jax.local_device_count()
+        if requested and requested != actual and jax.default_backend() == "cpu":
             raise ConfigError(
-                f"--cpu-devices={wanted}, but this process already uses its CPU as {used}; start a new one"
+                f"--cpu-devices={requested}, but this process already uses its CPU as {actual}; start a new one"
             ) from error
 
 
-def _check_platform(wanted):
-    """Raise ConfigError unless JAX runs on the `wanted` platform; warn when it falls back to a CPU."""
+def _check_platform(requested):
+    """Raise ConfigError unless JAX runs on the `requested` platform; warn when it falls back to CPU."""
     try:
-        found = jax.default_backend()
+        actual = jax.default_backend()
     except RuntimeError as error:
-        raise ConfigError(f"no such platform here: {str(error).splitlines()[0]} (--platform={wanted})") from error
-    if wanted not in ("auto", found):
+        raise ConfigError(f"no such platform here: {str(error).splitlines()[0]} (--platform={requested})") from error
+    if requested not in ("auto", actual):
         raise ConfigError(
-            f"--platform={wanted} is not available, JAX found {found}; another choice needs a new process"
+            f"--platform={requested} is not available, JAX found {actual}; another choice needs a new process"
         )
     signs = [name for name in ("CUDA_VISIBLE_DEVICES", "TPU_NAME") if os.environ.get(name)]
     signs += [path for path in ("/dev/nvidia0", "/dev/accel0") if os.path.exists(path)]
-    if found == "cpu" and wanted == "auto" and signs:
+    if actual == "cpu" and requested == "auto" and signs:
         warnings.warn(
-            f"running on CPU although {signs[0]} speaks of an accelerator; install ddpm-jax[cuda13] or [tpu], "
-            "or say --platform=cpu",
+            f"running on CPU although {signs[0]} suggests an accelerator; install ddpm-jax[cuda13] or [tpu], "
+            "or add --platform=cpu",
             stacklevel=3,
         )
 
 
 def _processor():
-    """A name for this kind of processor: a program compiled for one can crash on another that shares the folder."""
+    """A name for this type of CPU: a program compiled for one can crash on another that shares the cache."""
     try:
-        said = re.findall(r"^(?:model name|flags|Features)\s*:.*", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        facts = re.findall(r"^(?:model name|flags|Features)\s*:.*", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
-        said = []
-    return f"{machine()}-{zlib.crc32(' '.join(sorted(set(said))).encode()):08x}"
+        facts = []
+    return f"{machine()}-{zlib.crc32(' '.join(sorted(set(facts))).encode()):08x}"
 
 
 def describe():
-    """The devices in words."""
+    """The devices and processes as text, such as "8 x TPU v4 (tpu) in 2 processes"."""
     kind = jax.devices()[0].device_kind
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return f"{jax.device_count()} x {kind} ({jax.default_backend()}){processes}"
 
 
 @contextlib.contextmanager
-def memory_for(what):
-    """Within it, a device that runs out of memory is an OutOfMemory that says `what` to do."""
+def memory_advice(advice):
+    """Inside the block, a device that runs out of memory raises OutOfMemory with this advice."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise OutOfMemory(f"a device has too little memory ({str(error).splitlines()[0][:160]}); {what}") from error
+        raise OutOfMemory(f"a device has too little memory ({str(error).splitlines()[0][:160]}); {advice}") from error
 
 
 def topology(name):
-    """The devices of a TPU slice that is not here, such as v5e:2x4, to compile for.
+    """The devices of a TPU slice, such as v5e:2x4, to compile for without having it.
 
-    They are those that JAX has on the real one: two of each chip of TPU7x, v3 and v2, one of each of the others.
-    Raises ConfigError without libtpu, for a name that it does not know, and for more chips than there are.
+    As on the real slice, a chip of TPU7x, v3 or v2 is two devices to JAX, any other chip is one.
+    Raises ConfigError without libtpu, for an unknown name, and for a slice larger than any that exists.
     """
     if not importlib.util.find_spec("libtpu"):
         raise ConfigError(f"--topology={name} needs TPU's compiler: pip install ddpm-jax[tpu]")
     from jax.experimental import topologies
 
-    jax.config.update("jax_enable_compilation_cache", False)  # it cannot read back what is for other chips
+    jax.config.update("jax_enable_compilation_cache", False)  # it cannot load programs for chips that are not here
     for variable, value in WITHOUT_TPU.items():
         os.environ.setdefault(variable, value)
     try:
         devices = topologies.get_topology_desc(name, "tpu").devices
-        if devices[0].device_kind == "TPU v4":  # as libtpu has it half a chip is a device; on a real one a chip is
+        if devices[0].device_kind == "TPU v4":  # libtpu's default has two devices a chip, a real machine has one
             devices = topologies.get_topology_desc(name, "tpu", chip_config_name="megacore").devices
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        said = str(error).splitlines()[0][:160]
+        reason = str(error).splitlines()[0][:160]
         raise ConfigError(
-            f"--topology={name} is not known ({said}); try v5e:2x4, v6e:2x4, tpu7x:2x2x1, v5p:2x2x1 or v4:2x2x1"
+            f"--topology={name} is not known ({reason}); try v5e:2x4, v6e:2x4, tpu7x:2x2x1, v5p:2x2x1 or v4:2x2x1"
         ) from error
     if devices[0].device_kind.endswith("lite") and max(max(device.coords) for device in devices) >= 16:
-        raise ConfigError(f"--topology={name} is larger than any such machine, which has 16x16 chips at most")
+        raise ConfigError(f"--topology={name} is larger than any such slice, which has 16x16 chips at most")
     return devices

@@ -11,10 +11,9 @@ from ddpm_jax.errors import ConfigError
 
 
 def join(distributed, heartbeat):
-    """Make this process one of several as `distributed` says; the arguments are those of devices.start.
+    """Join the other processes; the arguments are those of devices.start.
 
-    Raises ConfigError for another spelling, when the others cannot be joined, and when this process has joined others
-    than those.
+    Raises ConfigError for a malformed `distributed`, when joining fails, and when this process is part of another job.
     """
     place = re.fullmatch(r"([^,]+:\d+),(\d+),(\d+)", distributed)
     if distributed not in ("auto", "off") and not (place and int(place[2]) < int(place[3])):
@@ -24,7 +23,7 @@ def join(distributed, heartbeat):
             _check_joined(distributed, place)
         elif place:
             jax.distributed.initialize(place[1], int(place[3]), int(place[2]), heartbeat_timeout_seconds=heartbeat)
-        elif distributed == "auto" and _launched_with_others():
+        elif distributed == "auto" and _is_multi_process_job():
             jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
@@ -40,8 +39,8 @@ def _check_joined(distributed, place):
         )
 
 
-def _launched_with_others():
-    """Whether SLURM, Open MPI, JAX's own variables or a TPU say that there are several processes."""
+def _is_multi_process_job():
+    """Whether SLURM, Open MPI, JAX's own variables or a TPU indicate several processes."""
     counts = [os.environ.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")]
     on_tpu = importlib.util.find_spec("libtpu") is not None and tpu_is_attached()
     return any(count != "1" for count in counts) or "JAX_COORDINATOR_ADDRESS" in os.environ or on_tpu

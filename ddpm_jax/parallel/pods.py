@@ -1,4 +1,4 @@
-"""What all processes of a run do together: they agree, and none waits for one that has left."""
+"""Coordination of the processes of a run: they stop at the same step, and none waits for one that has exited."""
 
 import contextlib
 import json
@@ -16,14 +16,14 @@ from ddpm_jax.parallel.steps import AXIS
 
 
 def is_first():
-    """Whether this process is the one that prints and writes."""
+    """Whether this is the process that prints and writes files."""
     return jax.process_index() == 0
 
 
 def make_agreement():
-    """agree(code): the largest exit code that a process gave at the call before this one, None counting as none.
+    """agree(code) -> the largest exit code that any process passed at the previous call, or None.
 
-    So all leave after the same step, and no step waits for the others' answers. A lone process is answered at once.
+    All processes then stop after the same step, and no step waits for communication. A single process gets `code` back.
     """
     if jax.process_count() == 1:
         return lambda code: code
@@ -38,7 +38,7 @@ def make_agreement():
 
 
 def gather(text):
-    """The texts that all processes give, in their order; waits for all."""
+    """The texts of all processes, in the order of the processes; waits for all of them."""
     if jax.process_count() == 1:
         return [text]
     data = np.frombuffer(text.encode(), np.uint8)
@@ -48,7 +48,7 @@ def gather(text):
 
 
 def on_all_processes(work):
-    """work() in every process; the UserError of one is raised in all of them, so that none waits for one that left."""
+    """work() in every process. A UserError in one of them is raised in all, so that none waits for one that failed."""
     result, failure = None, None
     try:
         result = work()
@@ -56,19 +56,20 @@ def on_all_processes(work):
         if jax.process_count() == 1:
             raise
         failure = error
-    told = gather(json.dumps([type(failure).__name__, str(failure)] if failure else None))
-    for process, (kind, text) in ((i, json.loads(answer)) for i, answer in enumerate(told) if answer != "null"):
-        kinds = {kind.__name__: kind for kind in UserError.__subclasses__()}
-        raise kinds.get(kind, UserError)(f"{text} (process {process})") from failure
+    outcomes = map(json.loads, gather(json.dumps([type(failure).__name__, str(failure)] if failure else None)))
+    for process, outcome in enumerate(outcomes):
+        if outcome:
+            kinds = {kind.__name__: kind for kind in UserError.__subclasses__()}
+            raise kinds.get(outcome[0], UserError)(f"{outcome[1]} (process {process})") from failure
     return result
 
 
 @contextlib.contextmanager
 def exit_with_others(patience=10):
-    """Within it, the loss of another process is a LostProcess; and an error ends this one, whatever the others do.
+    """Inside the block, the loss of another process raises LostProcess, and an error ends this process in any case.
 
-    At its exit JAX waits for them. Those that met the same error come there too; others, which know nothing of it, wait
-    for this process in the next step, so that after `patience` seconds it leaves alone.
+    At exit JAX waits for the other processes. Those with the same error arrive there too. Others wait for this one in
+    the next step: a deadlock, which this process ends by exiting after `patience` seconds.
     """
     try:
         yield
@@ -77,10 +78,10 @@ def exit_with_others(patience=10):
             raise
         if isinstance(error, (RuntimeError, ValueError)) and re.search("Gloo|NCCL", str(error)):
             reason = str(error).splitlines()[0][:160]
-            error = LostProcess(f"another process has ended ({reason}); start all of them again with the same command")
+            error = LostProcess(f"another process has ended ({reason}); restart all of them with the same command")
             patience = 1
         codes = {KeyboardInterrupt: INTERRUPTED, SystemExit: PREEMPTED}
-        leave = threading.Timer(patience, os._exit, [codes.get(type(error), getattr(error, "exit_code", 1))])
-        leave.daemon = True
-        leave.start()
+        timer = threading.Timer(patience, os._exit, [codes.get(type(error), getattr(error, "exit_code", 1))])
+        timer.daemon = True
+        timer.start()
         raise error

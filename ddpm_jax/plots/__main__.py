@@ -64,7 +64,7 @@ def main(argv=None):
         steps, made_of = args.steps or parts.config.train.sample_steps, f"step {step:,}, {args.weights} weights"
         of_samples = album.of_samples(parts, params, args.num, steps, args.seed, made_of)
         drawn = itertools.chain(drawn, of_samples, album.of_data(parts, args.num, args.seed))
-    with parallel.memory_for(f"try a --num smaller than {args.num}"):
+    with parallel.memory_advice(f"try a --num smaller than {args.num}"):
         for plot in drawn:
             plots.append(plot)
             if plot.data is None:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ddpm_jax import data
-from ddpm_jax.commands import spelled
+from ddpm_jax.commands import prog_name
 from ddpm_jax.errors import DataError
 from ddpm_jax.plots import figures, strips
 
@@ -45,7 +45,7 @@ def of_files(schedule, grids, metrics, evaluation):
         figure = figures.rate_distortion(evaluation["metrics"]["nll"]["curve"])
         yield Plot("Evaluation", "rate_distortion.svg", words, figures.svg(figure))
     else:
-        words = f"No curve of rate and distortion: it comes with python {spelled('evaluate')} --metrics=nll."
+        words = f"No curve of rate and distortion: it comes with python {prog_name('evaluate')} --metrics=nll."
         yield Plot("Evaluation", "rate_distortion.svg", words)
 
 

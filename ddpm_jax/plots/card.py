@@ -87,7 +87,7 @@ def _pace(metrics):
     timed = np.isfinite(seconds)
     if not timed.any():
         return "How long they take is not known."
-    took, speed = log.clock(seconds[timed].sum()), np.median(metrics["images_per_second"][timed])
+    took, speed = log.format_duration(seconds[timed].sum()), np.median(metrics["images_per_second"][timed])
     return f"Those in the log took {took} (h:mm:ss), with {speed:,.0f} images/s in the median of its lines."
 
 

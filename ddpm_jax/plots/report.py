@@ -9,7 +9,7 @@ from string import Template
 
 from ddpm_jax import config as configs
 from ddpm_jax import options
-from ddpm_jax.commands import spelled
+from ddpm_jax.commands import prog_name
 from ddpm_jax.plots.album import SECTIONS
 from ddpm_jax.plots.figures import GRAY
 
@@ -71,7 +71,7 @@ def commands(run, step, member, config):
     grid = [f"--num={train.sample_num}", f"--seed={train.seed}", f"--sampler={train.sampler}"]
     grid = ["sample", f"--workdir={run}", f"--step={step}", *which, *grid, f"--steps={train.sample_steps}"]
     scripts = again, grid, ["evaluate", f"--workdir={run}", *which]
-    lines = [[*spelled(command).split(), *words] for command, *words in scripts]
+    lines = [[*prog_name(command).split(), *words] for command, *words in scripts]
     lines.append(["-m", "ddpm_jax.plots", str(run), *which, "--report"])
     return [shlex.join(["python", *words]) for words in lines]
 

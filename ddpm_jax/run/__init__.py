@@ -1,1 +1,1 @@
-"""The folder of a run and what is written there; no mathematics."""
+"""The folder of a run and the files in it; no mathematics."""

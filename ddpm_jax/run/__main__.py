@@ -1,6 +1,6 @@
 """List the checkpoints of a run: python -m ddpm_jax.run runs/digits [--clean]
 
-Each step is read in full and compared with its checksums.
+Reads every step in full and verifies its checksums.
 """
 
 import dataclasses
@@ -14,13 +14,13 @@ from ddpm_jax.run.files import expand, lock
 @dataclasses.dataclass(frozen=True)
 class Args(options.Arguments):
     workdir: str = options.option("", "folder of the run")
-    clean: bool = options.option(False, "delete steps that were set aside (N.aside) or never finished")
+    clean: bool = options.option(False, "delete steps set aside (N.aside) and unfinished ones")
     debug: bool = options.option(False, "show tracebacks")
 
 
 @log.quiet()
 def main(argv=None):
-    """List the steps of the run that the command line names; exit code 4 unless the newest is whole."""
+    """List the checkpoints of a run; exit code 4 unless the newest one is intact."""
     argv = options.positional_to_options(options.command_line(argv), "workdir")
     args = options.parse(Args, argv, "-m ddpm_jax.run RUN", __doc__)
     workdir = expand(args.workdir)
@@ -29,24 +29,25 @@ def main(argv=None):
         raise errors.CheckpointError(f"there is no run in {args.workdir!r}; python -m ddpm_jax.run runs/digits")
     if args.clean:
         with errors.writing(f"{workdir}"):
-            held = lock(workdir)  # not while a run is writing there
-        with held:
+            run_lock = lock(workdir)  # refuses while a run is writing there
+        with run_lock:
             checkpoint.delete(checkpoint.leftovers(folder))
-    fault, meta = "there is none", None
-    for step, found, fault in checkpoint.verify(folder):
-        print(f"step {step:>9,}  {_size(folder / str(step)):>10,.1f} MB  {f'DAMAGED: {fault}' if fault else 'whole'}")
-        meta = meta if fault else found
-    if meta:
-        plain = {name: value for name, value in meta.items() if isinstance(value, (int, str))} | meta["versions"]
-        print("newest whole: " + ", ".join(f"{name} {value}" for name, value in plain.items()))
+    fault, newest = "there is none", None
+    for step, meta, fault in checkpoint.verify(folder):
+        size = _megabytes(folder / str(step))
+        print(f"step {step:>9,}  {size:>10,.1f} MB  {f'DAMAGED: {fault}' if fault else 'intact'}")
+        newest = newest if fault else meta
+    if newest:
+        fields = {name: value for name, value in newest.items() if isinstance(value, (int, str))} | newest["versions"]
+        print("newest intact: " + ", ".join(f"{name} {value}" for name, value in fields.items()))
     for path in checkpoint.leftovers(folder):
-        print(f"left over: {path.name}, {_size(path):,.1f} MB; --clean deletes it")
+        print(f"left over: {path.name}, {_megabytes(path):,.1f} MB; --clean deletes it")
     if fault:
         raise errors.CheckpointError(f"the newest checkpoint in {folder} cannot be used: {fault}")
     return 0
 
 
-def _size(path):
+def _megabytes(path):
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 1e6
 
 

@@ -1,8 +1,8 @@
-"""Checkpoints; the only file that knows Orbax.
+"""Checkpoints; the only file that uses Orbax.
 
 A step is a folder with an item for each part of the TrainState and meta (JSON: counters, config, digests, versions).
-It counts once its commit marker is written, so a crash while saving leaves the step before. Orbax does not notice
-damaged array data, so each item has a checksum of our own, and a damaged step gives way to the one before it.
+It is valid once its commit marker is written, so a crash during a save leaves the previous step as the newest.
+Orbax does not detect damaged array data, so each item has its own checksum; a damaged step is skipped on loading.
 """
 
 import contextlib
@@ -25,32 +25,32 @@ from ddpm_jax import __version__, parallel
 from ddpm_jax.environment import YNN_FLAG
 from ddpm_jax.errors import CheckpointError, Diverged, UserError
 from ddpm_jax.run import trees
-from ddpm_jax.run.log import without_warnings_of_absl
+from ddpm_jax.run.log import hide_absl_warnings
 
-ARRAYS = ("params", "ema_params", "opt_state", "times", "averages")  # those that are empty are left out
+ARRAYS = ("params", "ema_params", "opt_state", "times", "averages")  # empty ones are not saved
 COUNTERS = ("step", "skipped", "skipped_in_row")
 FORMAT = 2
 MARKER = "commit_success.txt"
 ASIDE = ".aside"
-TRASH = "deleted"  # where a step is moved at once, so that no reader meets a half of it
+TRASH = "deleted"  # a step is moved here before it is deleted, so that nobody reads a half of it
 
 
 def open_manager(folder, keep=None, keep_every=0, read_only=False):
-    """Orbax's manager of a run's folder of checkpoints; one that may write first deletes what a crash has left.
+    """Orbax's manager of a run's checkpoints; unless it is read-only, it first deletes what a crash has left behind.
 
-    The newest `keep` steps are kept (None for all), and for good those that `keep_every` divides (0 for none).
+    Checkpoint retention: the newest `keep` steps (None for all), and all multiples of `keep_every` (0 for none).
     """
     if not read_only and parallel.is_first():
         delete([*unfinished(folder), *trash(folder)])
     handlers = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ARRAYS}
     policies = ocp.checkpoint_managers
-    for_good = [policies.EveryNSteps(keep_every)] if keep_every else []
-    with without_warnings_of_absl():  # of what is read only
+    multiples = [policies.EveryNSteps(keep_every)] if keep_every else []
+    with hide_absl_warnings():  # about read-only mode
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), *for_good]),
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), *multiples]),
             todelete_subdir=None if read_only else TRASH,
             read_only=read_only,
-            cleanup_tmp_directories=False,  # it would take every folder without a marker, whosever it is
+            cleanup_tmp_directories=False,  # it would delete every folder without a marker, also those of others
             atomicity_options=ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE),
         )
         return ocp.CheckpointManager(
@@ -59,23 +59,23 @@ def open_manager(folder, keep=None, keep_every=0, read_only=False):
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps that have been committed, oldest first."""
+    """The committed steps, oldest first."""
     return sorted(int(path.parent.name) for path in Path(folder).glob(f"*/{MARKER}") if path.parent.name.isdigit())
 
 
 def unfinished(folder):
-    """What a save that was cut off has left: folders with the name of a step but without its marker."""
+    """The remains of interrupted saves: folders named after a step, but without a commit marker."""
     found = [path for path in Path(folder).glob("*") if path.is_dir() and path.name.split(".")[0].isdigit()]
     return sorted(path for path in found if not path.suffix.startswith(ASIDE) and not (path / MARKER).exists())
 
 
 def trash(folder):
-    """Steps that are no longer kept."""
+    """Steps waiting to be deleted."""
     return list((Path(folder) / TRASH).glob("*"))
 
 
 def leftovers(folder):
-    """What no run reads: steps set aside, and those whose writing was cut off."""
+    """Folders that no run reads: steps set aside, and unfinished ones."""
     return sorted([*Path(folder).glob(f"*{ASIDE}*"), *unfinished(folder)])
 
 
@@ -85,7 +85,7 @@ def delete(paths):
 
 
 def set_aside(folder, step):
-    """Rename the steps after `step`, damaged or not gone on from, to N.aside: Orbax saves none before its newest."""
+    """Rename all steps after `step` to N.aside, because Orbax refuses to save a step older than its newest."""
     for newer in reversed(steps(folder)):
         if newer > step:
             names = (Path(folder) / f"{newer}{ASIDE}{i or ''}" for i in itertools.count())
@@ -96,24 +96,24 @@ def _digest_meta(meta):
     return zlib.crc32(json.dumps({**meta, "digests": None}, sort_keys=True).encode())
 
 
-class _Own(np.ndarray):
-    """An array that nobody else writes to: Orbax, which copies what it is given, need not."""
+class _NoCopy(np.ndarray):
+    """An array that Orbax saves in the background without a copy, which is safe because nothing else writes to it."""
 
     def __deepcopy__(self, memo):
         return self
 
 
 def save(manager, state, **meta):
-    """Start to save a TrainState with further entries of `meta`; the writing goes on behind.
+    """Start to save a TrainState and further entries of `meta`; the files are written in the background.
 
-    Raises Diverged when an array is not finite, CheckpointError when the disk has no room or Orbax refuses; the steps
-    already there are untouched then.
+    Raises Diverged when an array is not finite, and CheckpointError when the disk is full or Orbax refuses. The steps
+    saved before stay as they are.
     """
-    step = int(np.max(state.step))  # one for all members of an ensemble
-    items = {name: trees.nested(getattr(state, name)) for name in _used(state)}
-    with ThreadPoolExecutor() as pool:  # copies and checksums free the interpreter, so that the cores share them
+    step = int(np.max(state.step))  # the same for all members of an ensemble
+    items = {name: trees.nested(getattr(state, name)) for name in _nonempty(state)}
+    with ThreadPoolExecutor() as pool:  # copies and checksums release the GIL
         leaves, structure = jax.tree.flatten(jax.device_get(items))
-        items = jax.tree.unflatten(structure, pool.map(lambda leaf: np.array(leaf).view(_Own), leaves))
+        items = jax.tree.unflatten(structure, pool.map(lambda leaf: np.array(leaf).view(_NoCopy), leaves))
         digests = {name: trees.digest(tree, pool.map) for name, tree in items.items()}
     bad = trees.not_finite(items)
     if bad:
@@ -125,46 +125,45 @@ def save(manager, state, **meta):
     meta["digests"] = digests | {"meta": _digest_meta(meta)}
     if parallel.is_first():
         delete(trash(manager.directory))
-    parallel.on_all_processes(lambda: _check_room(manager.directory, step, 1.1 * size))
+    parallel.on_all_processes(lambda: _check_disk_space(manager.directory, step, 1.1 * size))
     arrays = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
-    parallel.on_all_processes(lambda: _start(manager, step, ocp.args.Composite(meta=ocp.args.JsonSave(meta), **arrays)))
+    args = ocp.args.Composite(meta=ocp.args.JsonSave(meta), **arrays)
+    parallel.on_all_processes(lambda: _start_save(manager, step, args))
 
 
-def _start(manager, step, args):
+def _start_save(manager, step, args):
     try:
         saved = manager.save(step, args=args)
-    except Exception as error:  # Orbax raises whatever its file layer raises
-        raise _failed(manager, error) from error
+    except Exception as error:  # Orbax passes on any error of its file layer
+        raise _save_error(manager, error) from error
     if not saved:
-        raise CheckpointError(
-            f"step {step} was not saved: {manager.directory} already holds step {steps(manager.directory)[-1]}"
-        )
+        newest = steps(manager.directory)[-1]
+        raise CheckpointError(f"step {step} was not saved: {manager.directory} already holds step {newest}")
 
 
-def _check_room(folder, step, size):
+def _check_disk_space(folder, step, size):
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise CheckpointError(
-            f"step {step} was not saved: it needs {size / 1e6:,.1f} MB and {folder} has {free / 1e6:,.1f} MB free"
-        )
+        sizes = f"it needs {size / 1e6:,.1f} MB and {folder} has {free / 1e6:,.1f} MB free"
+        raise CheckpointError(f"step {step} was not saved: {sizes}")
 
 
-def _used(state):
+def _nonempty(state):
     return [name for name in ARRAYS if jax.tree.leaves(getattr(state, name))]
 
 
 def finish(manager):
-    """Wait until all is written; raise CheckpointError if it was not."""
+    """Wait for the save in progress; raise CheckpointError if it failed."""
     try:
         manager.wait_until_finished()
     except Exception as error:
-        raise _failed(manager, error) from error
+        raise _save_error(manager, error) from error
     if parallel.is_first():
         delete(trash(manager.directory))
 
 
-def settle(manager):
-    """Wait until all is written; what could not be written is told as a warning."""
+def finish_or_warn(manager):
+    """Wait for the save in progress; warn if it failed."""
     try:
         finish(manager)
     except CheckpointError as error:
@@ -172,32 +171,32 @@ def settle(manager):
 
 
 def close(manager):
-    """Settle, and let go of the folder."""
-    settle(manager)
+    """Wait for the save in progress, warn if it failed, and close the manager."""
+    finish_or_warn(manager)
     manager.close()
 
 
-def make_keeper(manager, patience=3):
-    """keep(state=None, last=False, **meta): save a state now and then without ending the run when that fails.
+def make_saver(manager, max_failures=3):
+    """save_or_warn(state=None, last=False, **meta): save a checkpoint; a failed save is a warning and the run goes on.
 
-    To be called at every step, so that a save that failed behind is told at once. A failure is a warning; but when the
-    save is the `last`, or the last `patience` have failed, it is waited for and its failure is raised.
+    Call it after every step: without a state it only reports a save that has failed in the background. The `last` save,
+    and any after `max_failures` failures in a row, is waited for and raises CheckpointError if it fails.
     """
-    failures = []  # the newest good step at the time of each failure
+    failures = []  # for each failure, the newest good step at that time
 
-    def count(failure):
+    def record(failure):
         failures.append(steps(manager.directory)[-1:])
         warnings.warn(f"{failure}; training goes on", stacklevel=3)
 
-    def keep(state=None, last=False, **meta):
+    def save_or_warn(state=None, last=False, **meta):
         try:
             manager.check_for_errors()
-        except Exception as error:  # of several processes only the one that writes comes to know
-            count(_failed(manager, error))
+        except Exception as error:  # only the process that writes sees it
+            record(_save_error(manager, error))
         if state is None:
             return
         in_row = failures.count(steps(manager.directory)[-1:])
-        last = last or any(int(number) >= patience for number in parallel.gather(str(in_row)))
+        last = last or any(int(number) >= max_failures for number in parallel.gather(str(in_row)))
         try:
             save(manager, state, **meta)
             if last:
@@ -205,62 +204,62 @@ def make_keeper(manager, patience=3):
         except CheckpointError as error:
             if last:
                 raise
-            count(error)
+            record(error)
 
-    return keep
+    return save_or_warn
 
 
-def _failed(manager, error):
-    """The CheckpointError for a failed save, after its leftovers, which would keep the disk full, are gone."""
-    with contextlib.suppress(Exception):  # it has been told already; the thread that writes must have ended
+def _save_error(manager, error):
+    """The CheckpointError for a failed save. Deletes the remains of the save, which would keep the disk full."""
+    with contextlib.suppress(Exception):  # known already; but the writing thread must have ended
         manager.wait_until_finished()
     delete(unfinished(manager.directory))
     manager.reload()
-    free = shutil.disk_usage(manager.directory).free
+    free = f"{shutil.disk_usage(manager.directory).free / 1e6:,.1f} MB free"
     reason = " ".join(str(error).split())[:160]
-    return CheckpointError(
-        f"a checkpoint could not be written to {manager.directory}, {free / 1e6:,.1f} MB free ({reason})"
-    )
+    return CheckpointError(f"a checkpoint could not be written to {manager.directory}, {free} ({reason})")
 
 
 def load(folder, items, expect=None, step=None, config=None):
-    """(meta, {item: tree of NumPy arrays}) of the newest step that is whole, or of `step` alone.
+    """(meta, {item: tree of NumPy arrays}) of the newest intact step, or of `step` alone.
 
-    expect(meta) -> {item: tree of shapes}: what the model needs; config: its own, as nested dicts, to name what may be
-    why the step does not fit. Steps that are damaged are passed over with a warning.
-    Raises CheckpointError when there is no step, when none is whole (each with its reason), or when the newest whole
-    one does not fit the model.
+    expect(meta) -> {item: tree of shapes} that the model needs. config: the model's, as nested dicts; the error for a
+    step that does not fit names the fields that differ. Damaged steps are skipped with a warning.
+    Raises CheckpointError when there is no step, when none is intact (with the reason for each), or when the newest
+    intact one does not fit the model.
     """
-    reasons, there = [], steps(folder)
-    if step is not None and step not in there:
-        raise CheckpointError(f"there is no step {step} in {folder}; there are {', '.join(map(str, there)) or 'none'}")
+    reasons, known = [], steps(folder)
+    if step is not None and step not in known:
+        raise CheckpointError(f"there is no step {step} in {folder}; there are {', '.join(map(str, known)) or 'none'}")
     with open_manager(folder, read_only=True) as manager:
-        for found in [step] if step is not None else reversed(there):
+        for candidate in [step] if step is not None else reversed(known):
             try:
-                meta = _restore_meta(manager, found)
-                if meta["format"] != FORMAT:
-                    raise CheckpointError(
-                        f"step {found} in {folder} has format {meta['format']} of ddpm_jax "
-                        f"{meta['versions']['ddpm_jax']}, this is {__version__} with format {FORMAT}; use the former"
-                    )
-                shapes = {name: _shapes(manager, found, name) for name in items}
+                meta = _restore_meta(manager, candidate)
+                _check_format(f"step {candidate} in {folder}", meta)
+                shapes = {name: _shapes(manager, candidate, name) for name in items}
                 if expect:
-                    why = trees.differences(meta["config"], config, "{} is {!r} there, {!r} here") if config else []
-                    _compare(f"step {found} in {folder}", shapes, expect(meta), why)
-                return meta, {name: _restore(manager, found, name, shapes[name], meta) for name in items}
+                    changed = trees.differences(meta["config"], config, "{} is {!r} there, {!r} here") if config else []
+                    _check_shapes(f"step {candidate} in {folder}", shapes, expect(meta), changed)
+                return meta, {name: _restore(manager, candidate, name, shapes[name], meta) for name in items}
             except UserError:
                 raise
-            except Exception as error:  # a damaged file can make Orbax raise anything
-                reasons.append(f"step {found}: {' '.join(str(error).split())[:200]}")
+            except Exception as error:  # Orbax can raise anything on a damaged file
+                reasons.append(f"step {candidate}: {' '.join(str(error).split())[:200]}")
                 if step is None:
-                    warnings.warn(f"damaged checkpoint passed over, {reasons[-1]}", stacklevel=2)
+                    warnings.warn(f"damaged checkpoint skipped, {reasons[-1]}", stacklevel=2)
     if reasons:
         raise CheckpointError(f"no checkpoint in {folder} can be used: {'; '.join(reasons)}")
     raise CheckpointError(f"there is no checkpoint in {folder}")
 
 
+def _check_format(where, meta):
+    if meta["format"] != FORMAT:
+        theirs = f"format {meta['format']} of ddpm_jax {meta['versions']['ddpm_jax']}"
+        raise CheckpointError(f"{where} has {theirs}, this is {__version__} with format {FORMAT}; use the former")
+
+
 def verify(folder):
-    """(step, meta, fault) of every committed step, oldest first, all of it read; fault is None when it is whole."""
+    """(step, meta, fault) of every committed step, oldest first, each read in full; fault is None for an intact one."""
     with open_manager(folder, read_only=True) as manager:
         for step in steps(folder):
             meta, fault = {}, None
@@ -268,7 +267,7 @@ def verify(folder):
                 meta = _restore_meta(manager, step)
                 for name in meta["digests"].keys() - {"meta"}:
                     _restore(manager, step, name, _shapes(manager, step, name), meta)
-            except Exception as error:  # a damaged file can make Orbax raise anything
+            except Exception as error:  # see load
                 fault = " ".join(str(error).split())[:200]
             yield step, meta, fault
 
@@ -283,7 +282,7 @@ def _restore_meta(manager, step):
 def _shapes(manager, step, name):
     if not (Path(manager.directory) / str(step) / name).is_dir():
         raise FileNotFoundError(f"it has no {name}")
-    handler = ocp.PyTreeCheckpointHandler()  # the manager's would read the shapes of all items
+    handler = ocp.PyTreeCheckpointHandler()  # the manager's handler would read the shapes of all items
     return handler.metadata(Path(manager.directory) / str(step) / name).tree
 
 
@@ -293,32 +292,32 @@ def _restore(manager, step, name, shapes, meta):
     )
     tree = manager.restore(step, args=ocp.args.Composite(**{name: ocp.args.PyTreeRestore(restore_args=as_numpy)}))[name]
     with ThreadPoolExecutor() as pool:
-        found = trees.digest(tree, pool.map)
-    if found != meta["digests"][name]:
+        digest = trees.digest(tree, pool.map)
+    if digest != meta["digests"][name]:
         raise ValueError(f"the checksum of {name} differs")
     return tree
 
 
-def _compare(where, found, expected, why):
-    """Raise CheckpointError naming up to ten arrays that differ in name, shape or type."""
+def _check_shapes(where, found, expected, changed):
+    """Raise CheckpointError naming up to ten arrays that differ in name, shape or type, and `changed` config fields."""
 
-    def described(items):
+    def describe(items):
         leaves = trees.flat(trees.nested(items))
         return {name: f"{np.dtype(leaf.dtype)}{list(leaf.shape)}" for name, leaf in leaves.items()}
 
-    differ = trees.differences(described(found), described(expected), "{}: {} there, {} in the model")
+    differ = trees.differences(describe(found), describe(expected), "{}: {} there, {} in the model")
     if differ:
         more = f"; and {len(differ) - 10} more" if len(differ) > 10 else ""
-        config = f"; of the config, {'; '.join(why)}" if why else ""
+        config = f"; of the config, {'; '.join(changed)}" if changed else ""
         raise CheckpointError(f"{where} does not fit the model: {'; '.join(differ[:10])}{more}{config}")
 
 
 def restore_state(folder, template, step=None, config=None):
-    """(TrainState of NumPy arrays, meta) of the newest whole step, or of `step`.
+    """(TrainState of NumPy arrays, meta) of the newest intact step, or of `step`.
 
-    template: a TrainState of shapes, which it has to fit; config: see load.
+    template: a TrainState of the expected shapes; config: see load.
     """
-    expected = {name: getattr(template, name) for name in _used(template)}
+    expected = {name: getattr(template, name) for name in _nonempty(template)}
     meta, items = load(folder, list(expected), lambda meta: expected, step, config)
     parts = {name: trees.like(tree, items[name]) for name, tree in expected.items()}
     counters = {name: np.int32(np.broadcast_to(meta[name], getattr(template, name).shape)) for name in COUNTERS}
@@ -326,10 +325,10 @@ def restore_state(folder, template, step=None, config=None):
 
 
 def versions() -> dict[str, str]:
-    """The versions and settings on which the bits of a run depend."""
+    """The versions and settings on which bit-exact results depend."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     flags = {name: str(getattr(jax.config, name)) for name in ("jax_default_prng_impl", "jax_threefry_partitionable")}
     fusions = re.search(rf"{YNN_FLAG}=(\S*)", os.environ.get("XLA_FLAGS", ""))
-    if fusions:  # without it, XLA's default of that version
+    if fusions:  # otherwise the default of this version of XLA
         flags[YNN_FLAG.lstrip("-")] = fusions[1]
     return {"ddpm_jax": __version__} | {name: metadata.version(name) for name in names} | flags

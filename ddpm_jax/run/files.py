@@ -1,4 +1,4 @@
-"""Files that a reader, also one after a crash, sees old or new but never in part; and folders with one writer."""
+"""Atomic files (a reader sees the old or the new content, even after a crash), and locks for folders."""
 
 import contextlib
 import errno
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ddpm_jax.errors import ConfigError
 
-CACHE = "~/.cache/ddpm_jax"  # decoded images and compiled programs, which are made again where they are missing
+CACHE = "~/.cache/ddpm_jax"  # decoded images and compiled programs; rebuilt when missing
 
 
 def write_atomic(path, data):
@@ -24,7 +24,7 @@ def write_atomic(path, data):
 
 @contextlib.contextmanager
 def atomic(path):
-    """An open file for the bytes of `path`: a temporary one beside it, synced and renamed if the body ends well."""
+    """A file to write the bytes of `path` to: a temporary one beside it, synced and renamed if no error is raised."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -38,27 +38,27 @@ def atomic(path):
         part.unlink(missing_ok=True)
 
 
-NO_LOCKS = errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK  # of file systems that have none
+NO_LOCKS = errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK  # the file system has no locks
 
 
-def _flock(file, how):
-    """Lock an open file; the lock ends with the file, so also with a process that is killed."""
+def _flock(file, operation):
+    """Lock an open file. Closing the file releases the lock, and so does the death of the process."""
     try:
-        fcntl.flock(file, how)
+        fcntl.flock(file, operation)
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
         warnings.warn(
-            f"{file.name} cannot be locked ({error.strerror}); see that no other process writes there", stacklevel=3
+            f"{file.name} cannot be locked ({error.strerror}); let no other process write there", stacklevel=3
         )
 
 
 def lock(folder):
-    """Keep other runs, of this process too, from writing to `folder` until the file that is returned is closed.
+    """Lock `folder` against other runs, also of this process, until the returned file is closed.
 
-    Raises ConfigError if one does already.
+    Raises ConfigError if it is locked already.
     """
-    file = open(Path(folder) / "lock", "a+")  # noqa: SIM115 (held by the caller)
+    file = open(Path(folder) / "lock", "a+")  # noqa: SIM115 (closed by the caller)
     try:
         _flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.truncate(0)
@@ -67,8 +67,8 @@ def lock(folder):
     except BlockingIOError as error:
         with file:
             file.seek(0)
-            who = file.read().strip()
-        raise ConfigError(f"{folder} is in use by another run ({who}); take another folder") from error
+            owner = file.read().strip()
+        raise ConfigError(f"{folder} is in use by another run ({owner}); take another folder") from error
     except BaseException:
         file.close()
         raise
@@ -77,43 +77,43 @@ def lock(folder):
 
 @contextlib.contextmanager
 def locked(path):
-    """The body runs in one process at a time, the others wait; `path` is left behind as an empty file."""
+    """Run the body in one process at a time, while the others wait. Leaves `path` behind as an empty file."""
     with open(path, "a") as file:
         _flock(file, fcntl.LOCK_EX)
         yield
 
 
 def has_home():
-    """Whether ~ stands for a folder; not where HOME is not set and the user is in no list of users."""
+    """Whether ~ can be expanded. It cannot if HOME is not set and the user ID is in no password database."""
     return os.path.expanduser("~") != "~"
 
 
 def expand(path):
-    """The Path of an option, ~ and ~user being the folders that they stand for; ConfigError where there is none."""
+    """The Path of an option with ~ and ~user expanded; ConfigError if that is not possible."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise ConfigError(f"{path} begins with ~, for which no folder is known here; write the folder out") from error
+        raise ConfigError(f"{path} begins with ~, but there is no such home folder; write the path out") from error
 
 
 def cache_folder(folder=CACHE):
-    """`expand(folder)`; without a home CACHE lies in XDG_CACHE_HOME or in the folder of temporary files."""
+    """`expand(folder)`. Without a home folder CACHE is in XDG_CACHE_HOME, or else in the temporary folder."""
     if folder != CACHE or has_home():
         return expand(folder)
     return _without_home(os.environ.get("XDG_CACHE_HOME"), tempfile.gettempdir())
 
 
-@functools.cache  # said once
-def _without_home(caches, temporary):
-    found = Path(caches) / "ddpm_jax" if caches else _own_folder(Path(temporary))
-    warnings.warn(f"there is no home folder (HOME is not set); what is kept in {CACHE} goes to {found}", stacklevel=3)
-    return found
+@functools.cache  # warns once
+def _without_home(cache_home, temporary):
+    folder = Path(cache_home) / "ddpm_jax" if cache_home else _private_folder(Path(temporary))
+    warnings.warn(f"there is no home folder (HOME is not set); {CACHE} goes to {folder}", stacklevel=3)
+    return folder
 
 
-def _own_folder(temporary):
-    """The same at every start, but none that another user has made: compiled programs are read from it."""
+def _private_folder(temporary):
+    """The same folder at every start, unless another user made it: compiled programs are loaded from it."""
     folder = temporary / f"ddpm_jax-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    at = folder.lstat()
-    mine = stat.S_ISDIR(at.st_mode) and at.st_uid == os.getuid() and not at.st_mode & 0o022
-    return folder if mine else Path(tempfile.mkdtemp(prefix="ddpm_jax-", dir=temporary))
+    status = folder.lstat()
+    private = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
+    return folder if private else Path(tempfile.mkdtemp(prefix="ddpm_jax-", dir=temporary))

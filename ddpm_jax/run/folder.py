@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, who started it when, and what has changed since its checkpoints were written."""
+"""The folder of a run: which experiment it holds, a record of each start, and what has changed since the last one."""
 
 import dataclasses
 import json
@@ -18,61 +18,59 @@ from ddpm_jax.options import closest
 from ddpm_jax.run import checkpoint, trees
 from ddpm_jax.run.files import lock, write_atomic
 
-PLACE = ("data.source", "data.split")  # of pictures or arrays, which may be moved: their fingerprint tells
+LOCATION = ("data.source", "data.split")  # may change for pictures and arrays, whose fingerprint identifies them
 
 
 def check(workdir, config, allowed=()):
-    """Refuse a folder that holds another experiment; fields in config.MAY_CHANGE and those `allowed` may differ.
+    """Raise ConfigError for a folder with another experiment; fields in config.MAY_CHANGE and `allowed` may differ.
 
-    So may the place of pictures or arrays, which `resume` knows by their fingerprint.
-    Where all there is is step 0, parameters that were imported, nothing has been trained on any data yet: those of the
-    sections data and train may differ too.
+    The location of pictures or arrays may differ too: `resume` compares their fingerprint. If there is only step 0,
+    which means imported parameters and no training yet, the sections data and train may differ as well.
     """
     known = {name for name, _, _, _ in configs.leaves(configs.Config, config)}
     for name in allowed:
         if name not in known:
             meant = "".join(f"; did you mean {near}?" for near in closest(name, known))
             raise ConfigError(f"--allow-change={name} is no field of the config{meant}")
-    file = workdir / "config.json"
     steps = checkpoint.steps(workdir / "checkpoints")
     if not steps:
-        return  # nothing has been trained there yet
-    open_sections = () if any(steps) else ("data.", "train.")
+        return
+    file, only_imported = workdir / "config.json", not any(steps)
     if not file.exists():
         raise ConfigError(f"{workdir} has checkpoints but no config.json; take another --workdir")
     old = configs.from_json(file.read_text(errors="replace"), str(file))
     movable = all(each.data.source.startswith(("folder:", "npz:")) for each in (old, config))
-    may_differ = {*configs.MAY_CHANGE, *({*PLACE} - {*allowed} if movable else ())}
-    changed = [
-        (name, f"{name} is {a!r} there, {b!r} here")
+    may_differ = {*configs.MAY_CHANGE, *({*LOCATION} - {*allowed} if movable else ())}
+    changed = {
+        name: f"{name} is {a!r} there, {b!r} here"
         for name, a, b in configs.differences(old, config)
-        if name not in may_differ and not name.startswith(open_sections)
-    ]
-    refused = {name: text for name, text in changed if name not in allowed}
+        if name not in may_differ and not (only_imported and name.startswith(("data.", "train.")))
+    }
+    refused = {name: text for name, text in changed.items() if name not in allowed}
     if refused:
         raise ConfigError(
-            f"{workdir} holds another run ({'; '.join(refused.values())}); take another --workdir, or go on with it as "
-            f"another experiment by --allow-change={','.join(refused)}"
+            f"{workdir} holds another run ({'; '.join(refused.values())}); take another --workdir, or continue it as "
+            f"another experiment with --allow-change={','.join(refused)}"
         )
-    for _, text in changed:
-        warnings.warn(f"going on as another experiment: {text}", stacklevel=2)
+    for text in changed.values():
+        warnings.warn(f"continuing as another experiment: {text}", stacklevel=2)
 
 
-def check_same(config, **others):
+def check_processes_agree(config, **others):
     """Raise ConfigError in all processes unless all were started with the same config, versions and `others`."""
     own = {"config": dataclasses.asdict(config), "versions": checkpoint.versions()} | others
-    first, *others = map(json.loads, parallel.gather(json.dumps(own)))
-    for process, other in enumerate(others, 1):
+    first, *rest = map(json.loads, parallel.gather(json.dumps(own)))
+    for process, other in enumerate(rest, 1):
         differ = trees.differences(first, other, "{} is {!r} in process 0, {!r} in process " + str(process))
         if differ:
-            raise ConfigError(f"the processes do not do the same: {'; '.join(differ[:10])}")
+            raise ConfigError(f"the processes were not started alike: {'; '.join(differ[:10])}")
 
 
-def claim(workdir):
-    """Make the folder and keep other runs out of it until what is returned is closed: see files.lock."""
+def create_and_lock(workdir):
+    """Create the folder, and lock it against other runs until the returned file is closed (see files.lock)."""
     if found := re.search(r"[*?\[\]\\]", str(workdir.resolve())):
         raise ConfigError(
-            f"--workdir={workdir} lies in a path with {found[0]}, from which checkpoints cannot be read back; take one "
+            f"--workdir={workdir} is in a path with {found[0]}, from which checkpoints cannot be read back; take one "
             "without * ? [ ] and \\"
         )
     with writing(f"--workdir={workdir}"):
@@ -80,14 +78,14 @@ def claim(workdir):
         return lock(workdir)
 
 
-def check_seen(workdir):
-    """Raise ConfigError in a process that does not see the folder which the first one has made."""
+def check_shared(workdir):
+    """Raise ConfigError in a process that does not see the folder that the first process has created."""
     if not (workdir / "lock").exists():
         raise ConfigError(f"--workdir={workdir} is not the same folder for all processes; take a shared one")
 
 
 def record(workdir, config, argv=()):
-    """Write config.json, and add this start to run.json: versions, devices, the command `argv`, git revision."""
+    """Write config.json, and append this start to run.json: versions, devices, the command `argv`, git revision."""
     file = workdir / "run.json"
     this = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -100,16 +98,16 @@ def record(workdir, config, argv=()):
     with writing(f"--workdir={workdir}"):
         try:
             starts = json.loads(file.read_text())
-        except (FileNotFoundError, ValueError):  # there is none, or a power cut has left nothing of it
+        except (FileNotFoundError, ValueError):  # a power cut can leave an empty file
             starts = []
         write_atomic(workdir / "config.json", configs.to_json(config).encode())
         write_atomic(file, (json.dumps([*starts, this], indent=2) + "\n").encode())
 
 
-def last_step(workdir, steps, step=0):
-    """The newest whole checkpoint's step when the run has come to `steps`, by way of `step`, else None.
+def finished_step(workdir, steps, step=0):
+    """The step of the newest intact checkpoint if the run has reached `steps`, else None; reads the checkpoint in full.
 
-    That checkpoint is read in full.
+    With `step`, the run must have been continued from there.
     """
     folder = workdir / "checkpoints"
     if max(checkpoint.steps(folder), default=0) < steps:
@@ -119,20 +117,20 @@ def last_step(workdir, steps, step=0):
 
 
 def revision():
-    """The git revision of this code, if there is one."""
+    """The git revision of this code, or None."""
     clone = Path(__file__).parents[2]
-    if not shutil.which("git") or not (clone / ".git").exists():  # an installed package may lie inside another's
+    if not shutil.which("git") or not (clone / ".git").exists():  # an installed package may be inside another clone
         return None
     command = ["git", "-C", str(clone), "describe", "--always", "--dirty"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
 def resume(parts, template, data, workdir, step=None, allowed=()):
-    """(TrainState, meta, lines) of the newest whole checkpoint, or of `step`: lines say what has changed since.
+    """(TrainState, meta, lines on what has changed since) of the newest intact checkpoint, or of `step`.
 
-    When the newest already comes from `step`, it is the newest, so that the same command can be given again.
-    data: the fingerprint of the data, which must be the checkpoint's unless a field of data is `allowed` to change, or
-    the checkpoint has none, being an imported one.
+    The newest is also used if the run was continued from `step` already: the same command may be repeated.
+    data: the fingerprint of the data. It must be the checkpoint's, unless a field of data is `allowed` to change or the
+    checkpoint was imported and has none.
     Later steps are set aside.
     """
     folder = workdir / "checkpoints"
@@ -140,35 +138,38 @@ def resume(parts, template, data, workdir, step=None, allowed=()):
         step = None
     config = json.loads(configs.to_json(parts.config))
     state, meta = parallel.on_all_processes(lambda: checkpoint.restore_state(folder, template, step, config))
-    read = [json.loads(text) for text in parallel.gather(json.dumps([meta["step"], meta["digests"]]))]
-    if any(other != read[0] for other in read):
+    restored = [json.loads(text) for text in parallel.gather(json.dumps([meta["step"], meta["digests"]]))]
+    if any(other != restored[0] for other in restored):
         raise CheckpointError(
-            f"the processes read different checkpoints, steps {', '.join(str(number) for number, _ in read)}; "
+            f"the processes read different checkpoints, steps {', '.join(str(number) for number, _ in restored)}; "
             "--workdir must be the same folder for all"
         )
-    lines = [f"resuming at step {meta['step']:,} from {folder}"]
-    old = configs.from_json(json.dumps(meta["config"]), f"{folder}, meta")
-    moved = [f"{name} was {a}, is now {b}" for name, a, b in configs.differences(old, parts.config) if name in PLACE]
-    if meta["data"] not in (None, data):
-        changed = "; ".join([f"the run had {meta['data']}, the data now are {data}", *moved])
-        if not any(name.startswith("data.") for name in allowed):
-            raise ConfigError(
-                f"{changed}: its batches would be others; put the data back, take another --workdir, or go on with "
-                "other data by --allow-change=data.source"
-            )
-        lines.append(f"going on with other data: {changed}")
-    elif moved and meta["data"]:
-        lines.append(f"the same data by their fingerprint: {'; '.join(moved)}")
-    if meta.get("classes") and tuple(meta["classes"]) != parts.classes:
-        lines.append(f"the classes were {', '.join(meta['classes'])}, are now {', '.join(parts.classes or ())}")
-    if tuple(meta["shape"]) != parts.shape:
-        lines.append(f"going on with images of another size: {meta['shape']} is now {list(parts.shape)}")
-    then = meta["versions"] | {"devices": meta["devices"]}
-    now = checkpoint.versions() | {"devices": parallel.describe()}
-    changed = trees.differences(then, now, "{} {} is now {}")
-    if changed:
-        lines.append(f"not bit-exact from here on, only to rounding: {'; '.join(changed)}")
+    lines = [f"resuming at step {meta['step']:,} from {folder}", *_changes(meta, parts, data, folder, allowed)]
     if parallel.is_first():
         checkpoint.set_aside(folder, meta["step"])
     parallel.gather("")  # no process lists the folder before that is done
     return state, meta, lines
+
+
+def _changes(meta, parts, data, folder, allowed):
+    """Lines on what differs from the checkpoint with this meta. Raises ConfigError for other data."""
+    old = configs.from_json(json.dumps(meta["config"]), f"{folder}, meta")
+    moved = [f"{name} was {a}, is now {b}" for name, a, b in configs.differences(old, parts.config) if name in LOCATION]
+    if meta["data"] not in (None, data):
+        changed = "; ".join([f"the run had {meta['data']}, the data now are {data}", *moved])
+        if not any(name.startswith("data.") for name in allowed):
+            raise ConfigError(
+                f"{changed}: its batches would differ; restore the data, take another --workdir, or continue with "
+                "other data by --allow-change=data.source"
+            )
+        yield f"continuing with other data: {changed}"
+    elif moved and meta["data"]:
+        yield f"the same data by their fingerprint: {'; '.join(moved)}"
+    if meta.get("classes") and tuple(meta["classes"]) != parts.classes:
+        yield f"the classes were {', '.join(meta['classes'])}, are now {', '.join(parts.classes or ())}"
+    if tuple(meta["shape"]) != parts.shape:
+        yield f"continuing with images of another size: {meta['shape']} is now {list(parts.shape)}"
+    then = meta["versions"] | {"devices": meta["devices"]}
+    now = checkpoint.versions() | {"devices": parallel.describe()}
+    if changed := trees.differences(then, now, "{} {} is now {}"):
+        yield f"not bit-exact from here on, only to rounding: {'; '.join(changed)}"

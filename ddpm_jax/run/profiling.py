@@ -1,4 +1,4 @@
-"""A trace of some steps of a run, which ui.perfetto.dev and TensorBoard's profiler show."""
+"""A profiler trace of some steps of a run, for ui.perfetto.dev or TensorBoard."""
 
 import contextlib
 import warnings
@@ -10,9 +10,9 @@ from ddpm_jax.errors import first_line
 
 @contextlib.contextmanager
 def profiler(span, folder, say):
-    """Within it, profile(step, state) is to be called before each step: from span[0] to span[1] all is traced.
+    """A function profile(step, state), to be called before each step, that traces the steps span[0] to span[1].
 
-    step: the number of steps taken; state: what they give, waited for at both ends. What fails is a warning.
+    step: the number of steps taken; state: their result, waited for when tracing starts and stops. Errors are warnings.
     """
     start, stop = span
     running, failed = False, False
@@ -29,7 +29,7 @@ def profiler(span, folder, say):
             else:
                 jax.profiler.stop_trace()
                 say(f"the trace of --profile={start}:{stop} is in {folder}")
-        except Exception as error:  # whatever the profiler raises, the run goes on
+        except Exception as error:  # a profiler error must not end the run
             failed, running = True, False
             warnings.warn(f"there is no trace of steps {start} to {stop}: {first_line(error)}", stacklevel=2)
 

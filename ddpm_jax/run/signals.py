@@ -1,4 +1,4 @@
-"""Signals, which end the loop after its step, and a watchdog, which shows where it hangs."""
+"""Signals that stop the training loop after the current step, and a watchdog that shows where it hangs."""
 
 import contextlib
 import faulthandler
@@ -11,53 +11,52 @@ import warnings
 
 from ddpm_jax.errors import INTERRUPTED, PREEMPTED
 
-# Besides Ctrl-C those by which schedulers end a job or warn that they will: SLURM what --signal names, Grid Engine's
-# -notify USR1 and USR2, limits on the CPU time XCPU, a terminal or connection that goes away HUP.
+# Besides Ctrl-C, the signals by which schedulers end a job or warn before they do: SLURM sends what --signal names,
+# Grid Engine's -notify sends USR1 and USR2, limits on CPU time send XCPU, a closed terminal or connection HUP.
 WARNINGS = signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU
 CODES = {signal.SIGINT: INTERRUPTED} | dict.fromkeys(WARNINGS, PREEMPTED)
 
 
 @contextlib.contextmanager
-def caught():
-    """Catch the signals in CODES; the value is asked(): the exit code that one of them has asked for, or None.
+def catch():
+    """Catch the signals in CODES. The value is stop_requested(): the exit code for the signal received, or None.
 
-    Those that are ignored (nohup, a job in the background of a script) stay so; outside the main thread none is caught.
-
-    Until asked() is called for the first time there is nothing to save, and a signal ends the process. After that a
-    second Ctrl-C does: whatever is being written is not committed, so nothing is harmed.
+    Ignored signals (nohup, a background job of a script) stay ignored. Outside the main thread no signal is caught.
+    Before the first call of stop_requested() there is nothing to save, and a signal ends the process. After it, a
+    second Ctrl-C ends the process: whatever is being written is not committed, so nothing is harmed.
     """
     if threading.current_thread() is not threading.main_thread():
-        warnings.warn("Python tells signals to the main thread alone: none saves and ends what runs here", stacklevel=3)
+        warnings.warn("Python delivers signals to the main thread only: here none can save and stop", stacklevel=3)
         yield lambda: None
         return
-    received, asking = [], False
+    received, polled = [], False
     source, sink = os.pipe()
     os.set_blocking(sink, False)
 
     def handle(number, frame):
-        if not asking:
+        if not polled:
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(PREEMPTED)
 
     def listen():
-        """In a thread: Python calls `handle` only when the main thread comes back from native code, perhaps never."""
+        """In a thread: Python calls `handle` only once the main thread returns from native code, perhaps never."""
         while number := os.read(source, 1):
             if number[0] == signal.SIGINT and received:
                 os._exit(INTERRUPTED)
-            if number[0] in CODES:  # and not for another handler of the program
+            if number[0] in CODES:  # others belong to other handlers of the program
                 received.append(number[0])
         os.close(source)
 
-    def asked():
-        nonlocal asking
-        asking = True
+    def stop_requested():
+        nonlocal polled
+        polled = True
         return CODES[received[0]] if received else None
 
     threading.Thread(target=listen, daemon=True).start()
-    unset = signal.SIG_IGN, None  # ignored, or caught by what is not Python
-    before = {number: signal.signal(number, handle) for number in CODES if signal.getsignal(number) not in unset}
+    untouched = signal.SIG_IGN, None  # ignored, or handled outside Python
+    before = {number: signal.signal(number, handle) for number in CODES if signal.getsignal(number) not in untouched}
     wakeup = signal.set_wakeup_fd(sink)
     try:
-        yield asked
+        yield stop_requested
     finally:
         signal.set_wakeup_fd(wakeup)
         os.close(sink)
@@ -67,29 +66,29 @@ def caught():
 
 @contextlib.contextmanager
 def watchdog(seconds, abort=False):
-    """Show the stacks of all threads whenever feed(), the value, is not called for `seconds`; 0 for never.
+    """Print the stacks of all threads whenever keep_alive(), the value, is not called for `seconds`; 0 for never.
 
     With `abort` the process then ends by SIGABRT (exit code 134 in a shell).
     """
-    fed, ended = time.monotonic(), threading.Event()
+    last, ended = time.monotonic(), threading.Event()
 
-    def feed():
-        nonlocal fed
-        fed = time.monotonic()
+    def keep_alive():
+        nonlocal last
+        last = time.monotonic()
 
     def watch():
-        while not ended.wait(max(0.0, fed + seconds - time.monotonic())):
-            if time.monotonic() - fed >= seconds:
+        while not ended.wait(max(0.0, last + seconds - time.monotonic())):
+            if time.monotonic() - last >= seconds:
                 print(f"warning: no step has ended for {seconds} s; where each thread is:", file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(sys.stderr)
                 if abort:
                     os.abort()
-                feed()
+                keep_alive()
 
     thread = threading.Thread(target=watch, daemon=True)
     if seconds:
         thread.start()
     try:
-        yield feed
+        yield keep_alive
     finally:
         ended.set()

@@ -1,4 +1,4 @@
-"""Snapshots of the power-function averages (averages.py), of which one of any length is a sum."""
+"""Snapshots of the power-function averages. A post-hoc average is a linear combination of them (see averages.py)."""
 
 import io
 import warnings
@@ -17,9 +17,9 @@ def _path(folder, step):
 
 
 def save(folder, step, averages):
-    """Write {sigma_rel: tree} after `step` updates as one file of float32 arrays "sigma_rel/name" and a CRC-32 of all.
+    """Write {sigma_rel: tree} after `step` updates to one npz file: float32 arrays "sigma_rel/name" and their CRC-32.
 
-    Raises CheckpointError when it cannot be written; the other snapshots are untouched then.
+    Raises CheckpointError when it cannot be written; the other snapshots stay as they are.
     """
     step = int(step)
     assert step >= 1
@@ -44,7 +44,7 @@ def load(folder, step):
             arrays = dict(archive)
         if arrays.pop("crc32") != trees.digest([step, arrays]):
             raise ValueError("the checksum differs")
-    except Exception as error:  # a damaged file can make zipfile raise anything
+    except Exception as error:  # zipfile can raise anything on a damaged file
         raise CheckpointError(f"{path} cannot be used ({' '.join(str(error).split())[:200]})") from error
     averages = {}
     for key, array in arrays.items():
@@ -54,7 +54,7 @@ def load(folder, step):
 
 
 def drop_after(folder, step):
-    """Remove the snapshots after `step` updates, which a run that goes on from there writes again."""
+    """Delete the snapshots after `step` updates: a run that resumes there writes them again."""
     for number in _steps(folder):
         if number > step:
             _path(folder, number).unlink()
@@ -66,26 +66,26 @@ def _steps(folder):
 
 
 def stored(folder):
-    """The snapshots of a folder that are whole, as a list of (step, sigma_rel), oldest first; each file is read.
+    """[(step, sigma_rel)] of the intact snapshots in a folder, oldest first; reads every file.
 
-    A damaged one is left out with a warning. Raises CheckpointError when none is left.
+    Warns about damaged ones and skips them. Raises CheckpointError when no intact one is left.
     """
     snapshots, steps = [], _steps(folder)
     for step in steps:
         try:
             snapshots += [(step, length) for length in load(folder, step)]
         except CheckpointError as error:
-            warnings.warn(f"averages left out: {error}", stacklevel=2)
+            warnings.warn(f"averages skipped: {error}", stacklevel=2)
     if not snapshots:
         raise CheckpointError(f"there are no averages in {folder}" + (" that can be used" if steps else ""))
     return snapshots
 
 
 def combine(folder, coefficients, template):
-    """The sum of stored averages times `coefficients` {(step, sigma_rel): number}, shaped and typed as `template`.
+    """The sum of stored averages times `coefficients` {(step, sigma_rel): number}, shaped and typed like `template`.
 
-    One snapshot is in memory at a time; the sum is float64, as coefficients alternate in sign. Raises CheckpointError
-    when a snapshot does not fit the template.
+    Only one snapshot is in memory at a time. The sum is in float64, because the coefficients alternate in sign.
+    Raises CheckpointError when a snapshot does not fit the template.
     """
     shapes = {trees.name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(template)}
     total = {name: np.zeros(shape) for name, shape in shapes.items()}

@@ -1,4 +1,4 @@
-"""Names, differences and checksums of the leaves of a tree, and its form in a checkpoint."""
+"""Names, differences and checksums of the leaves of a pytree, and its layout in a checkpoint."""
 
 import zlib
 
@@ -7,18 +7,18 @@ import numpy as np
 
 
 def name(path):
-    """The path of a leaf as text, block/kernel."""
+    """The path of a leaf as text, such as block/kernel."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def flat(tree):
-    """{name: leaf} of the leaves of nested dicts, everything else counting as a leaf."""
+    """{name: leaf} of nested dicts; everything that is not a dict is a leaf."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: not isinstance(node, dict))
     return {name(path): leaf for path, leaf in leaves}
 
 
 def nested(tree):
-    """The leaves of any tree in nested dicts by the parts of their names, as they lie in a checkpoint."""
+    """Any tree as nested dicts, keyed by the parts of the leaves' names: the layout in a checkpoint."""
     root = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         *parents, last = name(path).split("/")
@@ -30,28 +30,25 @@ def nested(tree):
 
 
 def like(template, tree):
-    """The leaves of nested dicts in the structure of `template`: the inverse of `nested`."""
+    """Nested dicts as a tree with the structure of `template`: the inverse of `nested`."""
     leaves = flat(tree)
     return jax.tree_util.tree_map_with_path(lambda path, _: leaves[name(path)], template)
 
 
 def differences(one, other, text):
-    """`text` filled with (name, its leaf in one, in the other) for each name whose leaves differ."""
+    """`text` formatted with (name, leaf of one, leaf of the other), for each name where they differ."""
     one, other = flat(one), flat(other)
     pairs = [(name, one.get(name, "missing"), other.get(name, "missing")) for name in sorted({*one, *other})]
     return [text.format(name, a, b) for name, a, b in pairs if a != b]
 
 
 def not_finite(tree):
-    """The names of the arrays with values that are not finite."""
+    """The names of the arrays that contain NaN or infinity."""
     return [name(path) for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if not np.isfinite(leaf).all()]
 
 
 def digest(tree, map=map):
-    """CRC-32 over the names, types, shapes and contents of a tree's arrays; the `map` of a thread pool shares the work.
-
-    Of each array's contents their own CRC-32.
-    """
+    """CRC-32 of the names, types, shapes and CRC-32s of a tree's arrays; parallel with the `map` of a thread pool."""
 
     def line(item):
         path, leaf = item
