@@ -1,7 +1,7 @@
 """LSUN bedroom at 256x256 exactly as in Ho et al. 2020: 113.7M parameters, 2.4 million steps of 64 images.
 
-The config of CelebA-HQ on other data. Published: FID 6.36. Church (tfds:lsun/church_outdoor) ran for 1.2 million steps, cat (tfds:lsun/cat) for 1.8 million
-and without mirroring.
+The config of CelebA-HQ on other data. Published: FID 6.36. Church (tfds:lsun/church_outdoor) ran for 1.2 million
+steps, cat (tfds:lsun/cat) for 1.8 million and without mirroring.
 
 Not trained here, nor run on a GPU; its step was compiled for a TPU v5e:8x8 (docs/performance.md).
 

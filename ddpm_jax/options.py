@@ -48,7 +48,18 @@ def one_of(*choices):
 
 
 finite = ("finite", math.isfinite)
-which_weights = "ema, raw or a number", lambda value: value in ("ema", "raw") or parses(float, value)
+
+# Options that several scripts have: weights: str = option(*WEIGHTS)
+STEP = 0, "of the checkpoint; 0 for the newest", at_least(0)
+WEIGHTS = (
+    "ema",
+    "averaged or plain parameters, or the length (sigma_rel) of a post-hoc average",
+    ("ema, raw or a number", lambda value: value in ("ema", "raw") or parses(float, value)),
+)
+MEMBER = 0, "index of the run in an ensemble", at_least(0)
+PLATFORM = "auto", "what to run on", one_of("auto", "cpu", "gpu", "tpu")
+CPU_DEVICES = 0, "number of devices that a CPU is split into; 0 for up to one a core", at_least(0)
+DEBUG = False, "show tracebacks"
 
 
 class Section:

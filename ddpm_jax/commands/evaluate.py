@@ -21,7 +21,7 @@ METRICS = LIKELIHOOD + SAMPLES
 @dataclasses.dataclass(frozen=True)
 class Args(options.Arguments):
     workdir: str = options.option("runs/digits", "folder of the run, or of one step of it")
-    step: int = options.option(0, "of the checkpoint; 0 for the newest", options.at_least(0))
+    step: int = options.option(*options.STEP)
     metrics: tuple[str, ...] = options.option(
         ("nll",),
         "what to measure, of " + ",".join(METRICS),
@@ -32,10 +32,8 @@ class Args(options.Arguments):
     data: str = options.option("", "where the run's data lie now, spelled as data.source; where they lay when empty")
     other_data: bool = options.option(False, "take data that are not those of the run's fingerprint")
     split: str = options.option("", "split of the data, spelled as data.split; the run's own when empty")
-    weights: str = options.option(
-        "ema", "averaged or plain parameters, or the length (sigma_rel) of a post-hoc average", options.which_weights
-    )
-    member: int = options.option(0, "of an ensemble, the run to take", options.at_least(0))
+    weights: str = options.option(*options.WEIGHTS)
+    member: int = options.option(*options.MEMBER)
     sampler: str = options.option("ddpm", "of the samples, a name in ddpm_jax.samplers.SAMPLERS")
     steps: int = options.option(0, "steps of nll, mse and the samples; 0 for all T", options.at_least(0))
     spacing: str = options.option("trailing", "of these steps, a name in ddpm_jax.schedules.SPACINGS")
@@ -59,11 +57,9 @@ class Args(options.Arguments):
     batch_size: int = options.option(64, "images at a time, over all devices", options.at_least(1))
     out: str = options.option("", "file to write; WORKDIR/evaluation.json, or beside --samples, when empty")
     overwrite: bool = options.option(False, "write over a file that is there")
-    platform: str = options.option("auto", "what to run on", options.one_of("auto", "cpu", "gpu", "tpu"))
-    cpu_devices: int = options.option(
-        0, "as how many devices a CPU is used; 0 for up to one a core", options.at_least(0)
-    )
-    debug: bool = options.option(False, "show tracebacks")
+    platform: str = options.option(*options.PLATFORM)
+    cpu_devices: int = options.option(*options.CPU_DEVICES)
+    debug: bool = options.option(*options.DEBUG)
 
 
 @log.quiet()

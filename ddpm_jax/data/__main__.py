@@ -23,7 +23,7 @@ class Args(options.Arguments):
     cache_dir: str = options.same_as(Data, "cache_dir")
     num: int = options.option(64, "images in the grid, evenly spaced in the data", options.at_least(1))
     out: str = options.option("", "PNG to write a grid of images to")
-    debug: bool = options.option(False, "show tracebacks")
+    debug: bool = options.option(*options.DEBUG)
 
 
 @without_warnings_of_absl()  # TFDS warns of what is as it should be

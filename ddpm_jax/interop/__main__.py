@@ -24,20 +24,18 @@ class Import(options.Arguments):
     workdir: str = options.option("", "folder of the run to make")
     source: str = options.option("", "data to evaluate and train on, as config.data.source has them")
     overwrite: bool = options.option(False, "replace the run that is in the folder")
-    debug: bool = options.option(False, "show tracebacks")
+    debug: bool = options.option(*options.DEBUG)
 
 
 @dataclasses.dataclass(frozen=True)
 class Export(options.Arguments):
     workdir: str = options.option("", "folder of the run, or of one step of it; the first word")
     path: str = options.option("", "folder or FILE.safetensors to write; the second word")
-    weights: str = options.option(
-        "ema", "averaged or plain parameters, or the length (sigma_rel) of a post-hoc average", options.which_weights
-    )
-    member: int = options.option(0, "of an ensemble, the run to take", options.at_least(0))
-    step: int = options.option(0, "of the checkpoint; 0 for the newest", options.at_least(0))
+    weights: str = options.option(*options.WEIGHTS)
+    member: int = options.option(*options.MEMBER)
+    step: int = options.option(*options.STEP)
     overwrite: bool = options.option(False, "write over files that are there")
-    debug: bool = options.option(False, "show tracebacks")
+    debug: bool = options.option(*options.DEBUG)
 
 
 @log.quiet()

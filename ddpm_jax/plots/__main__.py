@@ -17,23 +17,19 @@ from ddpm_jax.run.files import expand, write_atomic
 @dataclasses.dataclass(frozen=True)
 class Args(options.Arguments):
     workdir: str = options.option("", "folder of the run, or of one step of it; also as the first word")
-    step: int = options.option(0, "of the checkpoint; 0 for the newest", options.at_least(0))
+    step: int = options.option(*options.STEP)
     report: bool = options.option(False, "also write the page")
     card: bool = options.option(False, "also write the model card")
     curves: bool = options.option(False, "only what needs neither network nor data")
     num: int = options.option(4, "images in each strip", options.at_least(1))
     seed: int = options.option(0, "seed of the images", options.at_least(0), options.below(2**32))
     steps: int = options.option(0, "sampling steps; 0 for train.sample_steps", options.at_least(0))
-    weights: str = options.option(
-        "ema", "averaged or plain parameters, or the length (sigma_rel) of a post-hoc average", options.which_weights
-    )
-    member: int = options.option(0, "of an ensemble, the run to draw", options.at_least(0))
+    weights: str = options.option(*options.WEIGHTS)
+    member: int = options.option(*options.MEMBER)
     out: str = options.option("", "folder of the plots, page and card; WORKDIR/plots, and WORKDIR, when empty")
-    platform: str = options.option("auto", "what to run on", options.one_of("auto", "cpu", "gpu", "tpu"))
-    cpu_devices: int = options.option(
-        0, "as how many devices a CPU is used; 0 for up to one a core", options.at_least(0)
-    )
-    debug: bool = options.option(False, "show tracebacks")
+    platform: str = options.option(*options.PLATFORM)
+    cpu_devices: int = options.option(*options.CPU_DEVICES)
+    debug: bool = options.option(*options.DEBUG)
 
 
 @log.quiet()

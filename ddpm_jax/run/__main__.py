@@ -15,7 +15,7 @@ from ddpm_jax.run.files import expand, lock
 class Args(options.Arguments):
     workdir: str = options.option("", "folder of the run")
     clean: bool = options.option(False, "delete steps that were set aside (N.aside) or never finished")
-    debug: bool = options.option(False, "show tracebacks")
+    debug: bool = options.option(*options.DEBUG)
 
 
 @log.quiet()
