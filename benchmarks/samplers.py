@@ -167,7 +167,7 @@ def flatten(images):
 
 def kid(x, y, size):
     """The mean KID between disjoint parts of x, each of about `size`, and all of y, with its standard error."""
-    value, error, _ = metrics.kid_in_parts(x, y, size)
+    value, error, _ = metrics.kid_of_subsets(x, y, size)
     return f"{1000 * value:.1f} ± {1000 * error:.1f}"
 
 

@@ -229,12 +229,12 @@ def make_judge(args, config, num, shape, parts=None):
         raise errors.ConfigError(f"--reference-num={args.reference_num}, but the data have {len(images):,} images")
     if args.reference_num:
         images = images[np.linspace(0, len(images) - 1, args.reference_num).astype(int)]
-    samples.check_numbers(num, len(images))
-    extractor = features.load(args.features, args.inception) if {*metrics} & {*samples.ON_FEATURES} else None
+    samples.check_sizes(num, len(images))
+    extractor = features.load(args.features, args.inception) if {*metrics} & {*samples.NEED_FEATURES} else None
     where = {"source": config.source, "split": args.split or config.split}
 
     def judge(pictures, settings, say):
-        return samples.judge(
+        return samples.measure(
             pictures, images, where, metrics, extractor, settings, config.cache_dir, args.batch_size, say
         )
 

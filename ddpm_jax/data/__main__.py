@@ -44,7 +44,7 @@ def main(argv=None):
     named = {name: value for name, value in vars(args).items() if name not in ("num", "out", "debug")}
     dataset = data.load(**named)
     count, height, width, channels = dataset.images.shape
-    found = metrics.tint(dataset.images)
+    found = metrics.channel_statistics(dataset.images)
     mean, std = found.mean / 255, found.spread / 255
     print(f"{count:,} images of {height}x{width}x{channels}")
     print("mean", *(f"{value:.5f}" for value in mean), "std", *(f"{value:.5f}" for value in std), "(0 black, 1 white)")
