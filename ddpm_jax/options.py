@@ -200,19 +200,20 @@ def words(argv=None):
     return list(map(str, sys.argv[1:] if argv is None else argv))
 
 
-def first_named(words, *names):
-    """`words` with the first ones, as long as they are no options, written as the options `names`: --workdir=RUN."""
+def _positional_to_options(words, names):
+    """`words` with the leading ones that are not options as values of the options `names`: --workdir=RUN."""
     first = list(itertools.takewhile(lambda word: word[:1] != "-", words))[: len(names)]
     return [f"--{name}={word}" for name, word in zip(names, first, strict=False)] + words[len(first) :]
 
 
-def parse(cls, argv, prog, description, load=None):
+def parse(cls, argv, prog, description, load=None, positional=()):
     """The command line `argv`, see `words`, as an instance of the dataclass `cls`.
 
     With `load`, the field `config` is what `load` makes of the file named by `--config=FILE` (the field `config_file`),
-    then changed by `--config.a.b=value`. `_` and `-` are the same in an option's name. Every fault is a `ConfigError`.
+    then changed by `--config.a.b=value`. `positional` names the options whose values may come first without a name.
+    `_` and `-` are the same in an option's name. Every fault is a `ConfigError`.
     """
-    argv = [_spelled(word) for word in words(argv)]
+    argv = [_spelled(word) for word in _positional_to_options(words(argv), positional)]
     parser = _Parser(prog, description=description, allow_abbrev=False, formatter_class=argparse.HelpFormatter)
     default = cls()
     if load:

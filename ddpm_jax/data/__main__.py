@@ -29,8 +29,7 @@ class Args(options.Arguments):
 @without_warnings_of_absl()  # TFDS warns of what is as it should be
 def main(argv=None):
     """Print what the data are, one fact a line."""
-    argv = options.first_named(options.words(argv), "source")
-    args = options.parse(Args, argv, "-m ddpm_jax.data SOURCE", __doc__)
+    args = options.parse(Args, argv, "-m ddpm_jax.data SOURCE", __doc__, positional=["source"])
     if not args.source:
         raise errors.ConfigError("name a source, for example python -m ddpm_jax.data folder:my_pictures")
     if args.files and not args.source.startswith("tfds:"):
@@ -57,7 +56,7 @@ def main(argv=None):
     if args.out:
         from ddpm_jax import images
 
-        picked = np.linspace(0, count - 1, min(count, args.num)).astype(int)
+        picked = images.evenly_spaced(count, args.num)
         with errors.writing(f"--out={args.out}"):
             images.save_png(expand(args.out), images.grid(dataset.images[picked]))
     return 0

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ddpm_jax.images import evenly_spaced
+
 BLOCK_ROWS = 2048  # rows in a block; fewer if the block would exceed BLOCK_SIZE numbers
 BLOCK_SIZE = 2**25
 K = 3  # precision and recall: the radius around an image is the distance of its K-th neighbour
@@ -156,7 +158,7 @@ def copies(samples: np.ndarray, data: np.ndarray, max_data: int = 10_000) -> Cop
     New images of the same distribution would give about COPY_QUANTILE. Distances within the data are measured for at
     most `max_data` evenly spaced images. Distances are root mean squares over the d features.
     """
-    rows = np.unique(np.linspace(0, len(data) - 1, min(max_data, len(data))).astype(int))
+    rows = evenly_spaced(len(data), max_data)
     scale = data.shape[1] ** -0.5
     within, found = scale * neighbour_distances(data[rows], data, own=rows), scale * neighbour_distances(samples, data)
     limit = np.quantile(within, COPY_QUANTILE)

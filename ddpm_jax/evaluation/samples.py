@@ -10,6 +10,7 @@ import numpy as np
 from ddpm_jax.errors import ConfigError, writing
 from ddpm_jax.evaluation import features, metrics
 from ddpm_jax.evaluation.features import cache
+from ddpm_jax.images import evenly_spaced
 
 MIN_SUBSETS, MAX_SUBSET = 10, 1000  # for KID: number of subsets of the samples, images in each
 MIN_IMAGES = 2 * MIN_SUBSETS
@@ -175,7 +176,7 @@ def quick_kid(samples, data, where, extractor, folder, progress=lambda text: Non
 
     It uses at most `MAX_REAL` real images, evenly spaced in the data. The arguments are those of `measure`.
     """
-    rows = np.linspace(0, len(data) - 1, min(len(data), MAX_REAL)).astype(int)
+    rows = evenly_spaced(len(data), MAX_REAL)
     of_data, _ = cache.cached_features(extractor, data[rows], where, folder, progress=progress)
     of_samples = np.concatenate(list(features.extract(extractor, samples)))
     value, error, _ = metrics.kid_of_subsets(of_samples, of_data, len(samples) // MIN_SUBSETS)

@@ -46,14 +46,12 @@ def main(argv=None):
         return 0
     if command not in COMMANDS:
         raise errors.ConfigError(f"{command!r} is neither import nor export; see python -m ddpm_jax.interop --help")
-    arguments, names, work = COMMANDS[command]
-    argv = options.first_named(rest, *names)
-    args = options.parse(arguments, argv, f"-m ddpm_jax.interop {command}", work.__doc__)
+    arguments, positional, function = COMMANDS[command]
+    prog = f"-m ddpm_jax.interop {command}"
+    args = options.parse(arguments, rest, prog, function.__doc__, positional=positional)
     if not args.path or not args.workdir:
-        raise errors.ConfigError(
-            f"{'--workdir' if args.path else '--path'} is missing; see python -m ddpm_jax.interop {command} --help"
-        )
-    return work(args, expand(args.path), ["-m", "ddpm_jax.interop", *words])
+        raise errors.ConfigError(f"{'--workdir' if args.path else '--path'} is missing; see python {prog} --help")
+    return function(args, expand(args.path), ["-m", "ddpm_jax.interop", *words])
 
 
 def import_run(args, path, argv):

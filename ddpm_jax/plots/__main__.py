@@ -35,8 +35,7 @@ class Args(options.Arguments):
 @log.quiet()
 def main(argv=None):
     """Plot a run; `argv` are the options, the program's when None. Returns the exit code."""
-    argv = options.first_named(options.words(argv), "workdir")
-    args = options.parse(Args, argv, "-m ddpm_jax.plots RUN", __doc__)
+    args = options.parse(Args, argv, "-m ddpm_jax.plots RUN", __doc__, positional=["workdir"])
     if not args.workdir:
         raise errors.ConfigError("give a run, for example python -m ddpm_jax.plots runs/digits")
 
@@ -55,13 +54,13 @@ def main(argv=None):
     with errors.writing(f"--out={out}"):
         out.mkdir(parents=True, exist_ok=True)
 
-    plots, plotted = [], album.file_plots(parts.schedule, grids, metrics, evaluation)
+    plots, generated = [], album.file_plots(parts.schedule, grids, metrics, evaluation)
     if not args.curves:
         steps, weights = args.steps or parts.config.train.sample_steps, f"step {step:,}, {args.weights} weights"
         sample_plots = album.sample_plots(parts, params, args.num, steps, args.seed, weights)
-        plotted = itertools.chain(plotted, sample_plots, album.data_plots(parts, args.num, args.seed))
+        generated = itertools.chain(generated, sample_plots, album.data_plots(parts, args.num, args.seed))
     with parallel.memory_for(f"try a --num smaller than {args.num}"):
-        for plot in plotted:
+        for plot in generated:
             plots.append(plot)
             if plot.data is None:
                 log.note(plot.caption)

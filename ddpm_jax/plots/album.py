@@ -2,11 +2,10 @@
 
 from typing import NamedTuple
 
-import numpy as np
-
 from ddpm_jax import data
 from ddpm_jax.commands import spelled
 from ddpm_jax.errors import DataError
+from ddpm_jax.images import evenly_spaced
 from ddpm_jax.plots import figures, strips
 
 SECTIONS = "Samples", "Forward process", "Training", "Evaluation"
@@ -67,8 +66,7 @@ def data_plots(parts, num, seed):
     except DataError as error:
         yield Plot("Forward process", "forward.png", f"No forward process without the data: {error}")
         return
-    picked = np.linspace(0, len(images) - 1, min(len(images), num)).astype(int)
-    path = strips.forward(parts.schedule, images[picked], seed)
+    path = strips.forward(parts.schedule, images[evenly_spaced(len(images), num)], seed)
     caption = (
         f"The forward process: images of {parts.config.data.source} and their x_t (eq. 4), with one eps per image."
     )

@@ -52,8 +52,8 @@ def _model(parts, step):
         of_classes += _escaped(f" ({', '.join(parts.classes[:20])}{', ...' * (len(parts.classes) > 20)})")
     return (
         f"A U-Net of {experiment.parameter_count(parts):,} parameters that generates images of {size} (height x width "
-        f"x channels){of_classes} from noise: a denoising diffusion model ({PAPER}), at step {step:,}. Parameterization "
-        f"{names.parameterization}, schedule {schedule}, T {names.T:,}, variance {names.variance}."
+        f"x channels){of_classes} from noise: a denoising diffusion model ({PAPER}), at step {step:,}. "
+        f"Parameterization {names.parameterization}, schedule {schedule}, T {names.T:,}, variance {names.variance}."
     )
 
 

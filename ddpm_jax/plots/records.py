@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from ddpm_jax.errors import DataError, first_line
+from ddpm_jax.images import evenly_spaced
 
 NAMES = "step", "loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4", "grad_norm", "learning_rate"
 SPEED = "images_per_second", "seconds_per_step"
@@ -77,8 +78,7 @@ def grids(folder, member=0, limit=6):
     Large grids are scaled down. Raises DataError for an unreadable file.
     """
     found = grid_files(folder, member)
-    picked = np.linspace(0, len(found) - 1, min(limit, len(found))).astype(int)
-    return [(found[i][0], _picture(found[i][1])) for i in picked]
+    return [(found[i][0], _picture(found[i][1])) for i in evenly_spaced(len(found), limit)]
 
 
 def _picture(path):

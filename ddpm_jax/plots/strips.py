@@ -7,7 +7,7 @@ import numpy as np
 
 from ddpm_jax import diffusion, keys, program
 from ddpm_jax.diffusion import to_uint8, to_unit
-from ddpm_jax.images import encode_gif, grid
+from ddpm_jax.images import encode_gif, evenly_spaced, grid
 from ddpm_jax.plots import figures
 from ddpm_jax.schedules import ContinuousSchedule
 
@@ -55,7 +55,7 @@ def frame_times(times, frames, preview):
 
 def draw(strip):
     """The Figure of a Strip: one image per row, time from left to right."""
-    picked = np.linspace(0, len(strip.times) - 1, min(COLUMNS, len(strip.times))).astype(int)
+    picked = evenly_spaced(len(strip.times), COLUMNS)
     labels = [f"t = {round(float(strip.times[i]), 3):g}" for i in picked]
     return figures.tiles([grid(strip.pictures[i], columns=1) for i in picked], labels, len(picked))
 

@@ -21,8 +21,7 @@ class Args(options.Arguments):
 @log.quiet()
 def main(argv=None):
     """List the steps of the run that the command line names; exit code 4 unless the newest is whole."""
-    argv = options.first_named(options.words(argv), "workdir")
-    args = options.parse(Args, argv, "-m ddpm_jax.run RUN", __doc__)
+    args = options.parse(Args, argv, "-m ddpm_jax.run RUN", __doc__, positional=["workdir"])
     workdir = expand(args.workdir)
     folder = workdir / "checkpoints"
     if not args.workdir or not folder.is_dir():
