@@ -101,7 +101,7 @@ def test_mean_pool_does_not_count_padding():
 def test_weights_that_cannot_be_used(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="features=vgg is not one of pixels, enl0, inception"):
         features.load("vgg")
-    with pytest.raises(ConfigError, match="need --inception=FILE"):
+    with pytest.raises(ConfigError, match="needs --inception=FILE"):
         features.load("inception")
     np.savez(tmp_path / "a.npz", a=np.zeros(3))
     with pytest.raises(CheckpointError, match=r"a.npz has no tensor Conv2d_1a_3x3.conv.weight"):
@@ -114,7 +114,7 @@ def test_weights_that_cannot_be_used(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"b.npz do not have Inception's shapes"):
         features.load("inception", str(tmp_path / "b.npz"))
     monkeypatch.setattr(enl0, "find", lambda: tmp_path / "a.npz")
-    with pytest.raises(CheckpointError, match="has the SHA-256"):
+    with pytest.raises(CheckpointError, match="has SHA-256"):
         features.load("enl0")
     monkeypatch.undo()
     monkeypatch.setattr(enl0, "PACKAGE", "not_installed")

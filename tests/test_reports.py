@@ -121,7 +121,7 @@ def test_real_images_judged_as_samples_are_like_real_images(made, call, tmp_path
 def test_only_the_known_weights_make_a_fid(made):
     sets = samples.Comparison(None, None, features.load("pixels"), *np.random.default_rng(0).normal(size=(2, 40, 3)))
     for published, name in ((False, "Frechet distance (pixels)"), (True, "FID")):
-        with pytest.warns(UserWarning, match="take 10,000 or more"):
+        with pytest.warns(UserWarning, match="use 10,000 or more"):
             assert list(samples.fid(sets._replace(extractor=sets.extractor._replace(published=published)))) == [name]
 
 

