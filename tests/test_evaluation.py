@@ -17,7 +17,8 @@ def random():
 
 
 @pytest.fixture(
-    params=[("BLOCK_ROWS", 2048), ("BLOCK_ROWS", 7), ("BLOCK_SIZE", 21)], ids=["one block", "of 7 rows", "of 21 numbers"]
+    params=[("BLOCK_ROWS", 2048), ("BLOCK_ROWS", 7), ("BLOCK_SIZE", 21)],
+    ids=["one block", "of 7 rows", "of 21 numbers"],
 )
 def block(request, monkeypatch):
     monkeypatch.setattr(metrics, *request.param)
