@@ -26,7 +26,7 @@ IMAGES = 64  # in a batch of samples
 
 
 @dataclasses.dataclass(frozen=True)
-class Shared(options.Arguments):
+class BenchmarkArgs(options.Arguments):
     """The options of all benchmarks of a config."""
 
     config: configs.Config = dataclasses.field(default_factory=configs.Config)
@@ -36,7 +36,7 @@ class Shared(options.Arguments):
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(Shared):
+class Args(BenchmarkArgs):
     steps: int = options.option(600, "training steps, at least twice train.log_every", options.at_least(1))
     rounds: int = options.option(8, "batches of samples, each between two bare measurements", options.at_least(1))
     sample_steps: int = options.option(100, "sampling steps, at most diffusion.T", options.at_least(1))

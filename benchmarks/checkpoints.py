@@ -14,14 +14,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.__main__ import Shared, median_and_range
+from benchmarks.__main__ import BenchmarkArgs, median_and_range
 from ddpm_jax import config as configs
 from ddpm_jax import errors, options
 from ddpm_jax.run import log
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(Shared):
+class Args(BenchmarkArgs):
     config_file: str = "configs/cifar10.py"
     shape: tuple[int, ...] = options.option((32, 32, 3), "height,width,channels of the images")
     rounds: int = options.option(5, "saves and loads", options.at_least(1))

@@ -9,13 +9,13 @@ import dataclasses
 import operator
 import sys
 
-from benchmarks.__main__ import Shared, alternate, make_timer, means_of_neighbours, median_and_range, print_row
+from benchmarks.__main__ import BenchmarkArgs, alternate, make_timer, means_of_neighbours, median_and_range, print_row
 from ddpm_jax import config as configs
 from ddpm_jax import errors, options
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(Shared):
+class Args(BenchmarkArgs):
     members: int = options.option(2, "number of runs", options.at_least(2))
     rounds: int = options.option(8, "blocks of ensemble steps, each between two of single runs", options.at_least(1))
     block: int = options.option(10, "steps in a block", options.at_least(1))

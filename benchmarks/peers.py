@@ -16,13 +16,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.__main__ import Shared, alternate, means_of_neighbours, median_and_range, print_row
+from benchmarks.__main__ import BenchmarkArgs, alternate, means_of_neighbours, median_and_range, print_row
 from ddpm_jax import config as configs
 from ddpm_jax import errors, options
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(Shared):
+class Args(BenchmarkArgs):
     rounds: int = options.option(8, "blocks of ours, each between two of theirs", options.at_least(1))
     block: int = options.option(10, "training steps in a block", options.at_least(1))
     num: int = options.option(64, "images in a batch of samples; 0 to skip sampling", options.at_least(0))

@@ -10,13 +10,13 @@ import os
 import statistics
 import sys
 
-from benchmarks.__main__ import Shared, make_timer, median_and_range
+from benchmarks.__main__ import BenchmarkArgs, make_timer, median_and_range
 from ddpm_jax import config as configs
 from ddpm_jax import errors, options
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(Shared):
+class Args(BenchmarkArgs):
     share: int = options.option(16, "images on each device", options.at_least(1))
     rounds: int = options.option(8, "measurements of each number of devices", options.at_least(1))
     block: int = options.option(5, "steps in a measurement", options.at_least(1))

@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 
-from benchmarks.__main__ import Shared, make_timer, median_and_range
+from benchmarks.__main__ import BenchmarkArgs, make_timer, median_and_range
 from ddpm_jax import config as configs
 from ddpm_jax import errors, options
 
@@ -25,7 +25,7 @@ CHANGES = [
 
 
 @dataclasses.dataclass(frozen=True)
-class Args(Shared):
+class Args(BenchmarkArgs):
     rounds: int = options.option(5, "measurements of each row", options.at_least(1))
     platform: str = options.option(*options.PLATFORM)
 

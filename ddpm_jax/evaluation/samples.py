@@ -12,7 +12,7 @@ from ddpm_jax.evaluation import features, metrics
 from ddpm_jax.evaluation.features import cache
 from ddpm_jax.images import evenly_spaced
 
-MIN_SUBSETS, MAX_SUBSET = 10, 1000  # for KID: number of subsets of the samples, images in each
+MIN_SUBSETS, MAX_SUBSET = 10, 1000  # for KID: smallest number of subsets of the samples, largest subset
 MIN_IMAGES = 2 * MIN_SUBSETS
 MAX_REAL = 10_000  # real images where a KID has to be quick
 
@@ -152,12 +152,7 @@ def measure(samples, data, where, metrics, extractor, settings, folder, batch_si
     provenance, of_samples, of_data = where | {"images": cache.digest(data)}, None, None
     if extractor:
         of_data, provenance = cache.cached_features(
-            extractor,
-            data,
-            where,
-            folder,
-            batch_size,
-            lambda done: progress(f"features of {done}/{len(data)} real images"),
+            extractor, data, where, folder, batch_size, lambda n: progress(f"features of {n}/{len(data)} real images")
         )
         batches = []
         for batch in features.extract(extractor, samples, batch_size):

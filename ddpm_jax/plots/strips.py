@@ -29,9 +29,8 @@ def forward(schedule, images, seed=0):
     """The Strip of uint8 images (N, H, W, C) from t = 0 to T."""
     frames = FRAMES if isinstance(schedule, ContinuousSchedule) else min(FRAMES, schedule.T)
     times = schedule.times(frames)[::-1]
-    return Strip(
-        times, np.asarray(to_uint8(noise_images(schedule, to_unit(images), times, keys.root(seed, "forward"))))
-    )
+    x_t = noise_images(schedule, to_unit(images), times, keys.root(seed, "forward"))
+    return Strip(times, np.asarray(to_uint8(x_t)))
 
 
 def reverse(parts, params, num, steps, seed=0, preview=False):
