@@ -42,14 +42,11 @@ def params(tensors, where):
     """The network's parameters from a state dict, batch norms folded into the convolutions."""
 
     def block(i, expands):
-        name = f"_blocks.{i}"
-        found = (
-            {"expand": layers.fold_batch_norm(tensors, f"{name}._expand_conv", f"{name}._bn0", where)}
-            if expands
-            else {}
-        )
-        found["depthwise"] = layers.fold_batch_norm(tensors, f"{name}._depthwise_conv", f"{name}._bn1", where)
-        return found | {"project": layers.fold_batch_norm(tensors, f"{name}._project_conv", f"{name}._bn2", where)}
+        def fold(layer, norm):
+            return layers.fold_batch_norm(tensors, f"_blocks.{i}.{layer}", f"_blocks.{i}.{norm}", where)
+
+        found = {"expand": fold("_expand_conv", "_bn0")} if expands else {}
+        return found | {"depthwise": fold("_depthwise_conv", "_bn1"), "project": fold("_project_conv", "_bn2")}
 
     return {
         "stem": layers.fold_batch_norm(tensors, "_conv_stem", "_bn0", where),
