@@ -50,7 +50,7 @@ UNET_REFUSALS = [
     ({"up_block_types": ["AttnUpBlock2D"]}, "up_block_types=.* needs 2 of UpBlock2D or AttnUpBlock2D"),
     (
         {"up_block_types": ["UpBlock2D", "AttnUpBlock2D"]},
-        r"at the levels \[1\] on the way down and \[0\] on the way up",
+        r"attention at levels \[1\] on the way down and \[0\] on the way up",
     ),
     ({"sample_size": None}, "sample_size=null: write the side"),
     ({"sample_size": "8"}, "sample_size=8 with in_channels=3 is not supported"),
