@@ -260,7 +260,7 @@ EXPORT_REFUSALS = [
     ({"self_conditioning": True}, "diffusion.self_conditioning"),
     ({"schedule": "cosine_logsnr"}, "diffusion.schedule=cosine_logsnr, a continuous one"),
     ({"base_resolution": 8}, "diffusion.base_resolution=8"),
-    ({"model": {"multipliers": (2, 2)}}, "model.multipliers=2,2, the first not being 1"),
+    ({"model": {"multipliers": (2, 2)}}, "model.multipliers=2,2, whose first is not 1"),
     ({"model": {"multipliers": (1, 2), "num_heads": 2, "attention_resolutions": (4,)}}, "model.num_heads=2 where"),
     ({"model": {"multipliers": (1, 9), "groups": "auto"}}, "model.groups=auto, which here means 4, 8, 18, 20, 24"),
 ]
