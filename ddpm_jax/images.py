@@ -9,6 +9,11 @@ from PIL import Image
 from ddpm_jax.run.files import write_atomic
 
 
+def evenly_spaced(count: int, num: int) -> np.ndarray:
+    """Indices of at most `num` of `count` items, evenly spaced, with the first and last."""
+    return np.linspace(0, count - 1, min(count, num)).astype(int)
+
+
 def grid(images, columns: int | None = None, gap: int = 2) -> np.ndarray:
     """uint8 (N, H, W, C) as one grid (H', W', C), filled row by row. Small images are enlarged by an integer factor."""
     images = np.asarray(images)

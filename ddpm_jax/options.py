@@ -47,7 +47,18 @@ def one_of(*choices):
 
 
 finite = ("finite", math.isfinite)
-weights_choice = "ema, raw or a number", lambda value: value in ("ema", "raw") or parses(float, value)
+
+# Options that several scripts have: weights: str = option(*WEIGHTS)
+STEP = 0, "of the checkpoint; 0 for the newest", at_least(0)
+WEIGHTS = (
+    "ema",
+    "averaged or plain parameters, or the length (sigma_rel) of a post-hoc average",
+    ("ema, raw or a number", lambda value: value in ("ema", "raw") or parses(float, value)),
+)
+MEMBER = 0, "index of the run in an ensemble", at_least(0)
+PLATFORM = "auto", "what to run on", one_of("auto", "cpu", "gpu", "tpu")
+CPU_DEVICES = 0, "number of devices that a CPU is split into; 0 for up to one a core", at_least(0)
+DEBUG = False, "show tracebacks"
 
 
 class Section:
@@ -188,19 +199,20 @@ def command_line(argv=None):
     return list(map(str, sys.argv[1:] if argv is None else argv))
 
 
-def positional_to_options(argv, *names):
-    """`argv` with its leading positional arguments turned into the options `names`: RUN becomes --workdir=RUN."""
-    positional = list(itertools.takewhile(lambda word: word[:1] != "-", argv))[: len(names)]
-    return [f"--{name}={word}" for name, word in zip(names, positional, strict=False)] + argv[len(positional) :]
+def _positional_to_options(words, names):
+    """`words` with the leading ones that are not options as values of the options `names`: --workdir=RUN."""
+    first = list(itertools.takewhile(lambda word: word[:1] != "-", words))[: len(names)]
+    return [f"--{name}={word}" for name, word in zip(names, first, strict=False)] + words[len(first) :]
 
 
-def parse(cls, argv, prog, description, load=None):
-    """The command line `argv` (see `command_line`) as an instance of the dataclass `cls`.
+def parse(cls, argv, prog, description, load=None, positional=()):
+    """The command line `argv`, see `command_line`, as an instance of the dataclass `cls`.
 
-    With `load`, the field `config` is load(FILE) for `--config=FILE` (stored in the field `config_file`), changed by
-    `--config.a.b=value`. `_` and `-` are equivalent in option names. Every mistake raises ConfigError.
+    With `load`, the field `config` is what `load` makes of the file named by `--config=FILE` (the field `config_file`),
+    then changed by `--config.a.b=value`. `positional` names the options whose values may come first without a name.
+    `_` and `-` are the same in an option's name. Every fault is a `ConfigError`.
     """
-    argv = [_normalized(word) for word in command_line(argv)]
+    argv = [_normalized(word) for word in _positional_to_options(command_line(argv), positional)]
     parser = _Parser(prog, description=description, allow_abbrev=False, formatter_class=argparse.HelpFormatter)
     default = cls()
     if load:

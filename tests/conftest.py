@@ -289,7 +289,7 @@ def imported(tmp_path_factory):
         parts = experiment.make(found.config, found.shape)
         template = experiment.params_shape(parts)
         made[name] = tmp_path_factory.mktemp("imported") / name
-        interop.write_run(parts, tensors.fit(found.arrays, template, found.spelling, name), made[name])
+        interop.write_run(parts, tensors.to_params(found.arrays, template, found.format, name), made[name])
     return made
 
 

@@ -17,7 +17,8 @@ def random():
 
 
 @pytest.fixture(
-    params=[("BLOCK", 2048), ("BLOCK", 7), ("NUMBERS", 21)], ids=["one block", "of 7 rows", "of 21 numbers"]
+    params=[("BLOCK_ROWS", 2048), ("BLOCK_ROWS", 7), ("BLOCK_SIZE", 21)],
+    ids=["one block", "of 7 rows", "of 21 numbers"],
 )
 def block(request, monkeypatch):
     monkeypatch.setattr(metrics, *request.param)
@@ -77,7 +78,7 @@ def test_kid_is_unbiased_and_its_error_honest(random):
     found = []
     for _ in range(300):
         x, y = random.exponential(size=(60, 1)), random.uniform(0, 2, (600, 1))  # E: 1, 2, 6 and 1, 4/3, 2
-        found.append(metrics.kid_in_parts(x, y, 6)[:2])
+        found.append(metrics.kid_of_subsets(x, y, 6)[:2])
     values, errors = np.array(found).T
     wanted = 3 * (2 - 4 / 3) ** 2 + (6 - 2) ** 2
     assert abs(values.mean() - wanted) < 4 * values.std() / 300**0.5
@@ -87,14 +88,14 @@ def test_kid_is_unbiased_and_its_error_honest(random):
 def test_kid_in_parts_uses_every_sample_once(random):
     """Equal parts of equal samples: any cut gives the KID of one part; so does a set sorted by class."""
     x, y = np.full((20, 3), 2.0), random.normal(size=(50, 3))
-    value, error, parts = metrics.kid_in_parts(x, y, 4)
+    value, error, parts = metrics.kid_of_subsets(x, y, 4)
     assert (value, error, parts) == (pytest.approx(metrics.kid(x, y)), pytest.approx(0, abs=1e-9), 5)
     x = random.normal(size=(40, 3))
-    between = [metrics.kid_in_parts(x[::step], y, 10) for step in (1, -1)]
+    between = [metrics.kid_of_subsets(x[::step], y, 10) for step in (1, -1)]
     assert between[0][0] != between[1][0]  # other parts
     data = np.repeat([[0.0], [5.0]], 500, 0) + random.normal(size=(1000, 1))
-    _, by_class, _ = metrics.kid_in_parts(data, data, 100)
-    _, mixed, _ = metrics.kid_in_parts(random.permutation(data), data, 100)
+    _, by_class, _ = metrics.kid_of_subsets(data, data, 100)
+    _, mixed, _ = metrics.kid_of_subsets(random.permutation(data), data, 100)
     assert by_class < 3 * mixed
 
 
@@ -102,11 +103,11 @@ def test_nearest_is_the_tree_search(random, block):
     x, y = random.normal(size=(40, 3)), random.normal(size=(50, 3))
     for k in (1, 3):
         wanted = scipy.spatial.cKDTree(y).query(x, [k])[0][:, 0]
-        np.testing.assert_allclose(metrics.nearest(x, y, k), wanted, rtol=1e-6)
+        np.testing.assert_allclose(metrics.neighbour_distances(x, y, k), wanted, rtol=1e-6)
         within = scipy.spatial.cKDTree(y).query(y, [k + 1])[0][:, 0]  # the first is y itself
-        np.testing.assert_allclose(metrics.nearest(y, y, k, np.arange(50)), within, rtol=1e-6)
+        np.testing.assert_allclose(metrics.neighbour_distances(y, y, k, np.arange(50)), within, rtol=1e-6)
     some = np.array([3, 49, 12])
-    np.testing.assert_allclose(metrics.nearest(y[some], y, 3, some), within[some], rtol=1e-6)
+    np.testing.assert_allclose(metrics.neighbour_distances(y[some], y, 3, some), within[some], rtol=1e-6)
 
 
 def test_precision_and_recall_of_constructed_sets(block):
@@ -130,23 +131,27 @@ def test_copies_are_near_twins(block):
     assert metrics.copies(data, data)[:3] == (1, 0.125, 0)
     assert metrics.copies(data[1:50] + 0.0625, data).share == 1
     assert metrics.copies(data[1:50] + 0.5, data).share == 0
-    assert metrics.copies(data[:50] + 0.25, data, most=101) == (0.02, 0.125, 0.25, 1)  # every other of the data
+    assert metrics.copies(data[:50] + 0.25, data, max_data=101) == (0.02, 0.125, 0.25, 1)  # every other of the data
 
 
 def test_tint(random):
     images = random.integers(0, 256, (300, 4, 4, 3)).astype(np.uint8)
     images[..., 1] //= 2
-    found = metrics.tint(images)
+    found = metrics.channel_statistics(images)
     pixels = images.reshape(-1, 3)
     np.testing.assert_allclose(found.mean, pixels.mean(0))
     np.testing.assert_allclose(found.spread, pixels.std(0))
-    draws = [metrics.tint(random.choice(images, 300)) for _ in range(200)]
+    draws = [metrics.channel_statistics(random.choice(images, 300)) for _ in range(200)]
     for name in ("mean", "spread"):  # the bootstrap's standard errors
         errors = np.std([getattr(draw, name) for draw in draws], 0)
         np.testing.assert_allclose(getattr(found, f"{name}_error"), errors, rtol=0.25)
-    assert not metrics.is_off(found.mean, found.mean + 1.9, 0.1, 0.1).any()
-    assert metrics.is_off(found.mean, found.mean + np.array([0, 0, 2.1]), 0.3, 0.4).tolist() == [False, False, True]
-    assert not metrics.is_off(found.mean, found.mean + 2.1, 0.6, 0.0).any()
+    assert not metrics.differs_visibly(found.mean, found.mean + 1.9, 0.1, 0.1).any()
+    assert metrics.differs_visibly(found.mean, found.mean + np.array([0, 0, 2.1]), 0.3, 0.4).tolist() == [
+        False,
+        False,
+        True,
+    ]
+    assert not metrics.differs_visibly(found.mean, found.mean + 2.1, 0.6, 0.0).any()
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +177,7 @@ def test_each_damage_is_seen_by_the_metric_that_should_see_it(digits):
 
     def judge(images):
         x = images.reshape(len(images), -1)
-        value, error, _ = metrics.kid_in_parts(x, flat, 80)
+        value, error, _ = metrics.kid_of_subsets(x, flat, 80)
         precision, recall = metrics.precision_recall(x, flat)
         distance = metrics.frechet(metrics.moments(x), metrics.moments(flat))
         return value, error, precision, recall, metrics.copies(x, flat).share, distance

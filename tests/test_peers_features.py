@@ -65,7 +65,9 @@ def test_images_of_any_size_are_resized_as_in_torch_fidelity(shape):
     image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     rgb = planes(np.repeat(image[None], 3 if shape[-1] == 1 else 1, -1)).float()
     theirs = module.interpolate_bilinear_2d_like_tensorflow1x(rgb, size=(299, 299), align_corners=False)
-    np.testing.assert_allclose(128 * inception.scaled(image) + 128, np.moveaxis(theirs[0].numpy(), 0, -1), atol=1e-3)
+    np.testing.assert_allclose(
+        128 * inception.preprocess(image) + 128, np.moveaxis(theirs[0].numpy(), 0, -1), atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("d", [3, 40])

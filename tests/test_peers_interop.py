@@ -55,8 +55,8 @@ def our_net(net, config, scheduler=OLD_SCHEDULER):
     """(Experiment, parameters) of theirs, by way of our import."""
     parts = experiment.make(*layout.from_diffusers(config, scheduler))
     arrays = {name: leaf.numpy() for name, leaf in net.state_dict().items()}
-    spelling = tensors.diffusers(len(config["block_out_channels"]))
-    return parts, tensors.fit(arrays, experiment.params_shape(parts), spelling, "theirs")
+    spelling = tensors.diffusers_format(len(config["block_out_channels"]))
+    return parts, tensors.to_params(arrays, experiment.params_shape(parts), spelling, "theirs")
 
 
 def compare(net, parts, params, times, batch=2):

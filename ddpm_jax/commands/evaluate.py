@@ -21,7 +21,7 @@ METRICS = LIKELIHOOD + SAMPLES
 @dataclasses.dataclass(frozen=True)
 class Args(options.Arguments):
     workdir: str = options.option("runs/digits", "folder of the run, or of one step of it")
-    step: int = options.option(0, "of the checkpoint; 0 for the newest", options.at_least(0))
+    step: int = options.option(*options.STEP)
     metrics: tuple[str, ...] = options.option(
         ("nll",),
         "what to measure, of " + ",".join(METRICS),
@@ -32,10 +32,8 @@ class Args(options.Arguments):
     data: str = options.option("", "new location of the run's data, as in data.source; unchanged when empty")
     other_data: bool = options.option(False, "accept data with another fingerprint than the run's")
     split: str = options.option("", "split of the data, as in data.split; the run's own when empty")
-    weights: str = options.option(
-        "ema", "averaged or plain parameters, or the length (sigma_rel) of a post-hoc average", options.weights_choice
-    )
-    member: int = options.option(0, "of an ensemble, the run to take", options.at_least(0))
+    weights: str = options.option(*options.WEIGHTS)
+    member: int = options.option(*options.MEMBER)
     sampler: str = options.option("ddpm", "of the samples, a name in ddpm_jax.samplers.SAMPLERS")
     steps: int = options.option(0, "steps of nll, mse and the samples; 0 for all T", options.at_least(0))
     spacing: str = options.option("trailing", "of these steps, a name in ddpm_jax.schedules.SPACINGS")
@@ -59,11 +57,9 @@ class Args(options.Arguments):
     batch_size: int = options.option(64, "images at a time, over all devices", options.at_least(1))
     out: str = options.option("", "file to write; WORKDIR/evaluation.json, or beside --samples, when empty")
     overwrite: bool = options.option(False, "overwrite an existing file")
-    platform: str = options.option("auto", "what to run on", options.one_of("auto", "cpu", "gpu", "tpu"))
-    cpu_devices: int = options.option(
-        0, "as how many devices a CPU is used; 0 for up to one a core", options.at_least(0)
-    )
-    debug: bool = options.option(False, "show tracebacks")
+    platform: str = options.option(*options.PLATFORM)
+    cpu_devices: int = options.option(*options.CPU_DEVICES)
+    debug: bool = options.option(*options.DEBUG)
 
 
 @log.quiet()
@@ -237,12 +233,14 @@ def make_sample_metrics(args, config, num, shape, parts=None):
         raise errors.ConfigError(f"--reference-num={args.reference_num}, but the data have {len(images):,} images")
     if args.reference_num:
         images = images[np.linspace(0, len(images) - 1, args.reference_num).astype(int)]
-    samples.check_numbers(num, len(images))
-    extractor = features.load(args.features, args.inception) if {*metrics} & {*samples.ON_FEATURES} else None
+    samples.check_sizes(num, len(images))
+    extractor = features.load(args.features, args.inception) if {*metrics} & {*samples.NEED_FEATURES} else None
     where = {"source": config.source, "split": args.split or config.split}
 
     def measure(drawn, settings, say):
-        return samples.judge(drawn, images, where, metrics, extractor, settings, config.cache_dir, args.batch_size, say)
+        return samples.measure(
+            drawn, images, where, metrics, extractor, settings, config.cache_dir, args.batch_size, say
+        )
 
     return measure
 

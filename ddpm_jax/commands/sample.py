@@ -23,7 +23,7 @@ PAIR = "two values separated by a comma", lambda value: len(value) in (0, 2)
 @dataclasses.dataclass(frozen=True)
 class Args(options.Arguments):
     workdir: str = options.option("runs/digits", "folder of the run, or of one step of it")
-    step: int = options.option(0, "of the checkpoint; 0 for the newest", options.at_least(0))
+    step: int = options.option(*options.STEP)
     num: int = options.option(64, "images", options.at_least(1))
     seed: int = options.option(0, "seed of the images", options.at_least(0), options.below(2**32))
     sampler: str = options.option("ddpm", "a name in ddpm_jax.samplers.SAMPLERS")
@@ -33,10 +33,8 @@ class Args(options.Arguments):
     churn: float | None = options.option(None, "how much noise the sampler edm adds before a step")
     variance: str | None = options.option(None, "of the sampler ddpm, a name in ddpm_jax.diffusion.VARIANCES")
     limit: str = options.option("clip", "on x_0_hat, a name in ddpm_jax.diffusion.LIMITS")
-    weights: str = options.option(
-        "ema", "averaged or plain parameters, or the length (sigma_rel) of a post-hoc average", options.weights_choice
-    )
-    member: int = options.option(0, "of an ensemble, the run to take", options.at_least(0))
+    weights: str = options.option(*options.WEIGHTS)
+    member: int = options.option(*options.MEMBER)
     label: str | None = options.option(None, "class of all images, a number or a name; if omitted, all in turn")
     guidance: float = options.option(1.0, "scale of classifier-free guidance; 1 for none", options.finite)
     interval: tuple[float, ...] = options.option((), "LOW,HIGH: the times with guidance; empty for all", PAIR)
@@ -58,11 +56,9 @@ class Args(options.Arguments):
         0, "write shards samples-00000.npz ... of so many images each instead of samples.npz", options.at_least(0)
     )
     overwrite: bool = options.option(False, "write into a folder that already holds samples")
-    platform: str = options.option("auto", "what to run on", options.one_of("auto", "cpu", "gpu", "tpu"))
-    cpu_devices: int = options.option(
-        0, "as how many devices a CPU is used; 0 for up to one a core", options.at_least(0)
-    )
-    debug: bool = options.option(False, "show tracebacks")
+    platform: str = options.option(*options.PLATFORM)
+    cpu_devices: int = options.option(*options.CPU_DEVICES)
+    debug: bool = options.option(*options.DEBUG)
 
 
 FRAMES = 40  # of the GIF

@@ -38,7 +38,7 @@ class Args(options.Arguments):
     strict_data: bool = options.option(False, "refuse a folder with a picture that cannot be read")
     dry_run: bool = options.option(False, "build, count, compile, take one step on random data, and exit")
     topology: str = options.option("", "with --dry-run: compile for TPU chips that are not here, such as v5e:2x4")
-    platform: str = options.option("auto", "what to run on", options.one_of("auto", "cpu", "gpu", "tpu"))
+    platform: str = options.option(*options.PLATFORM)
     distributed: str = options.option("auto", "several processes: auto, off or HOST:PORT,ID,COUNT")
     heartbeat: int = options.option(
         100,
@@ -46,16 +46,14 @@ class Args(options.Arguments):
         options.at_least(1),
         options.below(10**6),
     )
-    cpu_devices: int = options.option(
-        0, "number of devices that a CPU is split into; 0 for up to one per core", options.at_least(0)
-    )
+    cpu_devices: int = options.option(*options.CPU_DEVICES)
     wandb: str = options.option("", "Weights & Biases project to log the run to (needs the extra wandb)")
     profile: str = options.option(
         "",
         "START:STOP, the steps to trace, into WORKDIR/profile",
         ("START:STOP, two whole numbers of which the second is larger", is_span),
     )
-    debug: bool = options.option(False, "show tracebacks")
+    debug: bool = options.option(*options.DEBUG)
 
 
 @log.quiet()

@@ -23,14 +23,13 @@ class Args(options.Arguments):
     cache_dir: str = options.same_as(Data, "cache_dir")
     num: int = options.option(64, "images in the grid, evenly spaced in the data", options.at_least(1))
     out: str = options.option("", "PNG to write a grid of images to")
-    debug: bool = options.option(False, "show tracebacks")
+    debug: bool = options.option(*options.DEBUG)
 
 
 @hide_absl_warnings()  # TFDS warns about normal conditions
 def main(argv=None):
     """Print a description of the data, one fact per line."""
-    argv = options.positional_to_options(options.command_line(argv), "source")
-    args = options.parse(Args, argv, "-m ddpm_jax.data SOURCE", __doc__)
+    args = options.parse(Args, argv, "-m ddpm_jax.data SOURCE", __doc__, positional=["source"])
     if not args.source:
         raise errors.ConfigError("name a source, for example python -m ddpm_jax.data folder:my_pictures")
     if args.files and not args.source.startswith("tfds:"):
@@ -43,7 +42,7 @@ def main(argv=None):
 
     dataset = data.load(**{name: value for name, value in vars(args).items() if name not in ("num", "out", "debug")})
     count, height, width, channels = dataset.images.shape
-    found = metrics.tint(dataset.images)
+    found = metrics.channel_statistics(dataset.images)
     mean, std = found.mean / 255, found.spread / 255
     print(f"{count:,} images of {height}x{width}x{channels}")
     print("mean", *(f"{value:.5f}" for value in mean), "std", *(f"{value:.5f}" for value in std), "(0 black, 1 white)")
@@ -56,7 +55,7 @@ def main(argv=None):
     if args.out:
         from ddpm_jax import images
 
-        picked = np.linspace(0, count - 1, min(count, args.num)).astype(int)
+        picked = images.evenly_spaced(count, args.num)
         with errors.writing(f"--out={args.out}"):
             images.save_png(expand(args.out), images.grid(dataset.images[picked]))
     return 0

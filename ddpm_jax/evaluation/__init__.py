@@ -1,6 +1,5 @@
-"""What evaluate.py measures: the likelihood of a run, and how far its samples are from the data.
+"""What evaluate.py measures: the likelihood of a run, and the distance of its samples from the data.
 
-likelihood.py and samples.py make the reports, metrics.py has the arithmetic, features/ the networks whose features are
-compared. Each number of evaluate.py is a dict
-{"value", "standard_error", "unit", "settings", ...} that rests on nothing but what is in it.
+likelihood.py and samples.py write the reports, metrics.py computes the metrics, features/ has the feature extractors.
+Each metric is a dict {"value", "standard_error", "unit", "settings", ...} with everything that the value depends on.
 """

@@ -1,4 +1,4 @@
-"""The bound, the likelihood of the ODE and L_simple of a run, each with its standard error over images."""
+"""The variational bound, the likelihood under the ODE and L_simple, each with its standard error over images."""
 
 import math
 import time
@@ -10,15 +10,15 @@ from ddpm_jax import diffusion, keys, likelihood, parallel
 from ddpm_jax.errors import ConfigError, Diverged
 from ddpm_jax.schedules.report import check_start_snr
 
-EXACT = 16  # dimensions up to which a divergence is exact unless another is asked for
+EXACT_UP_TO = 16  # dimensions up to which divergence="auto" is exact
 
 
 def make_plan(parts, metrics, steps=0, spacing="trailing", ode_steps=100, decoder="exact", divergence="auto"):
-    """What is measured at which times: {"metrics": names, "bound": settings, "ode": settings}, each with its times.
+    """The settings of each metric, with the times: {"metrics": names, "bound": settings, "ode": settings}.
 
-    Warns where a likelihood takes noise for x_t at a time at which an image still shows.
+    Warns if a likelihood treats x_t as pure noise at a time when it still contains signal.
     """
-    exact = "exact" if math.prod(parts.shape) <= EXACT else "hutchinson"
+    exact = "exact" if math.prod(parts.shape) <= EXACT_UP_TO else "hutchinson"
     divergence = exact if divergence == "auto" else divergence
     for table, name, value in (
         (likelihood.DECODERS, "decoder", decoder),
@@ -27,16 +27,16 @@ def make_plan(parts, metrics, steps=0, spacing="trailing", ode_steps=100, decode
         if value not in table:
             raise ConfigError(f"--{name}={value} is not one of {', '.join(table)}")
     config, schedule = parts.config.diffusion, parts.schedule
-    calls = 2 if config.self_conditioning else 1  # a network that conditions on itself asks itself first
+    calls = 2 if config.self_conditioning else 1  # self-conditioning needs a first evaluation
     times = schedule.times(steps or config.T, spacing)
     bound = {"variance": config.variance, "decoder": decoder, "limit": "clip", "spacing": spacing}
     bound |= {"times": times, "network_evaluations": calls * (len(times) - 1)}
-    # At evenly spaced log-SNRs Heun's steps are equally hard; where no signal is left the ODE cannot begin.
+    # Heun's steps are equally hard at evenly spaced log-SNRs; the ODE cannot start where no signal is left.
     times = schedule.times(min(ode_steps, config.T), "logsnr")
     times = times[np.asarray(schedule.logsnr(times)) > -math.inf]
     if "ode" in metrics and len(times) < 3:
         raise ConfigError(
-            f"--ode-steps={ode_steps} with diffusion.T={config.T} leaves the ODE no step; it needs two times"
+            f"--ode-steps={ode_steps} with diffusion.T={config.T} leaves no step for the ODE; it needs two times"
         )
     ode = {"divergence": divergence, "limit": "none", "dequantization": "uniform", "spacing": "logsnr"}
     ode |= {"times": times, "network_evaluations": 2 * calls * (len(times) - 2)}
@@ -48,7 +48,7 @@ def make_plan(parts, metrics, steps=0, spacing="trailing", ode_steps=100, decode
 
 
 def make_measure(parts, plan):
-    """measure(params, root, row) -> {"index", and of each image what the metrics ask for}."""
+    """measure(params, root, row) -> {"index", and the values that the metrics need, of one image}."""
     schedule, metrics, bound, ode = parts.schedule, plan["metrics"], plan["bound"], plan["ode"]
     net, limit = parts.image_net, diffusion.LIMITS[bound["limit"]]
 
@@ -79,27 +79,27 @@ def make_measure(parts, plan):
     return measure
 
 
-def report(parts, params, plan, rows, seed, batch_size, say):
-    """{metric: number} of the plan over rows {"index", "image", "label"?}; say(text) after each batch.
+def report(parts, params, plan, rows, seed, batch_size, progress):
+    """{metric: entry} of the plan over rows {"index", "image", "label"?}; calls progress(text) after each batch.
 
-    Image i gets the same noise in any batch. Raises Diverged for a value that is not finite.
+    Image i gets the same noise in any batch. Raises Diverged for a non-finite value.
     """
     measure, root = parallel.pmap_rows(make_measure(parts, plan)), keys.root(seed, "evaluate")
-    clock, batches, done = time.monotonic(), [], 0
+    start, batches, done = time.monotonic(), [], 0
     for batch in parallel.measure_batches(measure, parallel.replicate(params), root, rows, batch_size):
         for name, values in batch.items():
             bad = ~np.isfinite(values.reshape(len(values), -1)).all(1)
             if bad.any():
                 raise Diverged(f"{name} of image {done + np.argmax(bad)} is not finite; nothing was written")
         batches.append(batch)
-        done, took = done + len(batch["index"]), time.monotonic() - clock
-        say(f"{done}/{len(rows['index'])} images, {done / took:.1f} a second")
+        done += len(batch["index"])
+        progress(f"{done}/{len(rows['index'])} images, {done / (time.monotonic() - start):.1f}/s")
     found = jax.tree.map(lambda *values: np.concatenate(values).astype(np.float64), *batches)
     return {name: REPORTS[name](found, plan) for name in plan["metrics"]}
 
 
 def nll(found, plan):
-    """The bound, its parts, and over t the rate (bits/dim to know x_t) with the error of x_0_hat (levels of 0..255)."""
+    """The bound, its parts, and over t the rate (bits/dim that x_t costs) and the rmse of x_0_hat (grey levels)."""
     steps = found["steps"].mean(0)
     parts = {"prior": found["prior"].mean(), "steps": steps.sum(), "decoder": found["decoder"].mean()}
     rate = parts["prior"] + np.insert(np.cumsum(steps), 0, 0.0)
@@ -113,7 +113,7 @@ def ode(found, plan):
 
 
 def mse(found, plan):
-    """L_simple, and the error at each t."""
+    """L_simple, and the squared error at each t."""
     settings = {name: plan["bound"][name] for name in ("spacing", "times", "network_evaluations")}
     return summary(found["mse"].mean(1), "squared error of eps", settings, curve={"mse": found["mse"].mean(0)})
 
@@ -122,9 +122,9 @@ REPORTS = {"nll": nll, "ode": ode, "mse": mse}
 
 
 def summary(values, unit, settings, curve=None, parts=None):
-    """One metric as JSON: the mean over images, its standard error (none for one image), and what it rests on.
+    """One metric as JSON: the mean over images, its standard error (None for one image), and its settings.
 
-    Of the settings' times only the number of steps is told, except with a curve over them.
+    The times are reduced to the number of steps; a curve has them in full.
     """
     error = float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
     times = settings["times"].tolist()

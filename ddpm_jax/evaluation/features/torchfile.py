@@ -1,7 +1,7 @@
-"""Tensors from a file, without torch: state dicts in either format of torch.save, .safetensors and .npz.
+"""Read tensors without PyTorch: state dicts in either format of torch.save, .safetensors and .npz.
 
-A pickle can run any code. Here it can name four things: an ordered dict, torch's function that puts a tensor together
-(in whose place ours notes what it was given), and the types of storages. Everything else is refused by its name.
+A pickle can run any code. The unpickler here allows only OrderedDict, the storage types, and PyTorch's function that
+rebuilds a tensor, which it replaces by one that records the arguments. It refuses every other name.
 """
 
 import collections
@@ -17,11 +17,11 @@ from safetensors.numpy import load_file
 from ddpm_jax.errors import CheckpointError, UserError
 
 STORAGES = {"FloatStorage": "<f4", "DoubleStorage": "<f8", "HalfStorage": "<f2", "LongStorage": "<i8"}
-MAGIC = 0x1950A86A20F9469CFC6C  # how a file of torch.save begins that is not a zip archive
+MAGIC = 0x1950A86A20F9469CFC6C  # the first value in torch.save's older format, which is no zip archive
 
 
 def read(path):
-    """{name: array} of all tensors in the file. Raises CheckpointError when there is anything else in it."""
+    """{name: array} of all tensors in the file. Raises CheckpointError if it contains anything else."""
     try:
         if str(path).endswith(".safetensors"):
             return load_file(path)
@@ -33,7 +33,7 @@ def read(path):
             return _read_zip(file) if is_zip else _read_legacy(file)
     except UserError:
         raise
-    except Exception as error:  # whatever a damaged file makes the readers raise
+    except Exception as error:  # the readers raise anything for a damaged file
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise CheckpointError(f"cannot read tensors from {path}: {reason}") from error
 
@@ -48,15 +48,15 @@ class _Tensor(NamedTuple):
     storage: _Storage
     offset: int
     shape: tuple
-    strides: tuple  # in numbers, not bytes
+    strides: tuple  # in elements, not bytes
 
 
 def _tensor(storage, offset, shape, strides, *_):
     return _Tensor(storage, offset, shape, strides)
 
 
-TENSORS = {("collections", "OrderedDict"): collections.OrderedDict, ("torch._utils", "_rebuild_tensor_v2"): _tensor}
-TENSORS |= {("torch", name): dtype for name, dtype in STORAGES.items()}
+ALLOWED = {("collections", "OrderedDict"): collections.OrderedDict, ("torch._utils", "_rebuild_tensor_v2"): _tensor}
+ALLOWED |= {("torch", name): dtype for name, dtype in STORAGES.items()}
 
 
 class _Unpickler(pickle.Unpickler):
@@ -66,7 +66,7 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         if (module, name) not in self.allowed:
-            raise ValueError(f"it asks for {module}.{name}, which tensors do not need; it is refused unread")
+            raise ValueError(f"it refers to {module}.{name}, which tensors do not need; refused")
         return self.allowed[module, name]
 
     def persistent_load(self, given):
@@ -77,50 +77,52 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _read_legacy(file):
-    """Pickles of a magic number, a version, sizes, the state dict and the storages' keys; then for each its numbers."""
+    """Pickles of a magic number, a version, sizes, the state dict and the storage keys; then the data of each."""
     plain = [_Unpickler(file, {}).load() for _ in range(3)]
     if plain[:2] != [MAGIC, 1001]:
-        raise ValueError("it is no file of torch.save")
-    tensors = _tensors(_Unpickler(file, TENSORS).load())
+        raise ValueError("it was not written by torch.save")
+    tensors = _tensors(_Unpickler(file, ALLOWED).load())
     wanted, storages = {tensor.storage.key: tensor.storage for tensor in tensors.values()}, {}
     for key in _Unpickler(file, {}).load():
         count = int.from_bytes(file.read(8), "little")
-        storages[key] = _numbers(file.read(count * np.dtype(wanted[key].dtype).itemsize), wanted[key])
+        storages[key] = _storage_values(file.read(count * np.dtype(wanted[key].dtype).itemsize), wanted[key])
     return {name: _array(tensor, storages) for name, tensor in tensors.items()}
 
 
 def _read_zip(file):
-    """An archive of the pickled state dict and a file of numbers for each storage, none of them compressed."""
+    """An uncompressed archive of the pickled state dict and the data of each storage."""
     with zipfile.ZipFile(file) as archive:
         if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
             raise ValueError("it is a compressed archive, which torch.save does not write")
         (root,) = [name.removesuffix("data.pkl") for name in archive.namelist() if name.endswith("/data.pkl")]
         if root + "byteorder" in archive.namelist() and archive.read(root + "byteorder") != b"little":
             raise ValueError("its numbers are big-endian")
-        tensors = _tensors(_Unpickler(io.BytesIO(archive.read(root + "data.pkl")), TENSORS).load())
+        tensors = _tensors(_Unpickler(io.BytesIO(archive.read(root + "data.pkl")), ALLOWED).load())
         wanted = {tensor.storage.key: tensor.storage for tensor in tensors.values()}
-        storages = {key: _numbers(archive.read(f"{root}data/{key}"), storage) for key, storage in wanted.items()}
+        storages = {key: _storage_values(archive.read(f"{root}data/{key}"), storage) for key, storage in wanted.items()}
     return {name: _array(tensor, storages) for name, tensor in tensors.items()}
 
 
 def _tensors(found):
     if not isinstance(found, dict) or not all(isinstance(tensor, _Tensor) for tensor in found.values()):
-        raise ValueError("it holds something else than tensors by name")
+        raise ValueError("it is not a dict of tensors")
     return found
 
 
-def _numbers(data, storage):
+def _storage_values(data, storage):
     numbers = np.frombuffer(data, storage.dtype)
     if len(numbers) != storage.size:
-        raise ValueError(f"storage {storage.key} has {len(numbers)} numbers, not {storage.size}; the file is cut off")
+        raise ValueError(
+            f"storage {storage.key} has {len(numbers)} elements, not {storage.size}; the file is truncated"
+        )
     return numbers
 
 
 def _array(tensor, storages):
-    """The tensor's own copy of its numbers, in the usual order."""
+    """A contiguous copy of the tensor."""
     numbers, (_, offset, shape, strides) = storages[tensor.storage.key], tensor
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     if min(offset, *shape, *strides, 0) < 0 or math.prod(shape) > len(numbers) or last >= len(numbers) > 0:
-        raise ValueError(f"a tensor of the shape {shape} goes beyond its storage")
+        raise ValueError(f"a tensor of shape {shape} exceeds its storage")
     strides = [stride * numbers.itemsize for stride in strides]
     return np.lib.stride_tricks.as_strided(numbers[offset:], shape, strides).copy()
