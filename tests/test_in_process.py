@@ -22,6 +22,7 @@ from ddpm_jax import __main__ as program
 from ddpm_jax import errors, parallel
 from ddpm_jax.commands import train
 from ddpm_jax.errors import ConfigError, Diverged
+from ddpm_jax.parallel import devices
 from ddpm_jax.run import files, signals
 
 MAINS = ["ddpm_jax.run.__main__", "ddpm_jax.commands.train", "ddpm_jax.commands.sample", "ddpm_jax.commands.evaluate"]
@@ -157,8 +158,8 @@ def test_fault_87_other_processes_than_those_joined(monkeypatch, distributed, fi
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     monkeypatch.setattr(jax, "process_count", lambda: 3)
-    monkeypatch.setattr(parallel, "gather", lambda text: [text] * 3)
-    monkeypatch.setattr(parallel, "make_agreement", lambda: lambda code: code)
+    monkeypatch.setattr(devices, "gather", lambda text: [text] * 3)
+    monkeypatch.setattr(devices, "make_agreement", lambda: lambda code: code)
     wrong = pytest.raises(ConfigError, match=r"this process is already number 1 of 3; --distributed=.* needs a new one")
     with contextlib.nullcontext() if fits else wrong:
         parallel.start(16, distributed=distributed)

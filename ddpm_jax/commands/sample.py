@@ -13,7 +13,7 @@ import warnings
 import zlib
 from pathlib import Path
 
-from ddpm_jax import commands, diffusion, errors, options
+from ddpm_jax import commands, errors, options
 from ddpm_jax.run import log
 from ddpm_jax.run.files import expand, write_atomic
 
@@ -267,7 +267,7 @@ def check_edit(args, config):
 
 def read(path, shape, value_range=()):
     """(a picture file in the model's shape, in [-1, 1]; its own height and width); value_range: the run's data.range"""
-    from ddpm_jax import data
+    from ddpm_jax import data, diffusion
 
     try:
         height, width = data.read(expand(path), (), shape[-1], value_range).shape[:2]
