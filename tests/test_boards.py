@@ -123,7 +123,7 @@ def test_no_key_means_no_question(show):
 
 
 def test_one_that_hangs_is_not_waited_for(show, monkeypatch):
-    monkeypatch.setattr(boards, "PATIENCE", 0.2)
+    monkeypatch.setattr(boards, "TIMEOUT", 0.2)
     wandb = Fake()
     wandb.init = lambda **_: threading.Event().wait()
     clock = time.monotonic()

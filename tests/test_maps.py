@@ -150,7 +150,7 @@ def test_decoding_can_be_interrupted(album, counted, monkeypatch):
             yield item
 
     with monkeypatch.context() as patch:
-        patch.setattr(maps, "progress", interrupted)
+        patch.setattr(maps, "progress_bar", interrupted)
         with pytest.raises(KeyboardInterrupt):
             load_album()
     assert len(counted) < 500

@@ -122,7 +122,7 @@ def test_fault_73_an_evaluation_is_not_written_over_unasked(run, call, tmp_path,
     out.write_text("mine")
     given = [f"--workdir={run[0]}", f"--out={out}", "--num=8", "--steps=1", "--metrics=mse"]
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "on_run", None)  # refused before anything is computed
+        patch.setattr(evaluate, "prepare_run", None)  # refused before anything is computed
         code, told, err = call(evaluate, *given)
     assert (code, told) == (2, "")
     assert err == f"error: {out} already exists; take another --out, or add --overwrite\n"

@@ -103,7 +103,7 @@ def assert_same(found, wanted):
 def test_fault_85_killed_at_any_moment(call, given, drawn, tmp_path, monkeypatch):
     """Killed, here by an exception, after a random number of written shards, again and again; one shard is damaged."""
     monkeypatch.setattr(shards, "FLUSH_SECONDS", 0.0)  # each batch is written
-    monkeypatch.setattr(shards, "BYTES", 12 * 16)  # twelve images a shard
+    monkeypatch.setattr(shards, "SHARD_BYTES", 12 * 16)  # twelve images a shard
     add, random, kills = shards.add, np.random.default_rng(0), 0
     while True:
         left = random.integers(1, 4)
