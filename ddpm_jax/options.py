@@ -48,8 +48,8 @@ def one_of(*choices):
 
 finite = ("finite", math.isfinite)
 
-# Options that several scripts have: weights: str = option(*WEIGHTS)
-STEP = 0, "of the checkpoint; 0 for the newest", at_least(0)
+# Options that several scripts have, declared as in `step: int = option(*STEP)`.
+STEP = 0, "step of the checkpoint; 0 for the newest", at_least(0)
 WEIGHTS = (
     "ema",
     "averaged or plain parameters, or the length (sigma_rel) of a post-hoc average",

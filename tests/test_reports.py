@@ -139,7 +139,7 @@ MISTAKES = {
     "few samples": (["--num=19"], 2, "19 samples are too few to evaluate samples; use 20 or more"),
     "few data": (["--reference-num=19"], 2, "19 images of the data are too few"),
     "features": (["--features=vgg"], 2, "features=vgg is not one of pixels, enl0, inception"),
-    "no weights": (["--features=inception"], 2, "need --inception=FILE"),
+    "no weights": (["--features=inception"], 2, "needs --inception=FILE"),
     "weights for nothing": (["--inception=a.pth"], 2, "--inception needs --features=inception"),
     "sampler": (["--sampler=euler"], 2, "euler"),
     "steps": (["--steps=13"], 2, "from 1 to T=12"),
