@@ -33,7 +33,7 @@ class Experiment(NamedTuple):
     loss: Callable  # of one image, from diffusion.make_loss
     learning_rate: Callable  # number of previous updates -> learning rate
     init_state: Callable  # (params=None) -> TrainState, by default with random parameters
-    train_step: Callable  # (state, batch, root) -> state, metrics; not yet mapped over devices
+    train_step: Callable  # (state, batch, root, scale=1.0) -> state, metrics; not yet mapped over devices
     classes: tuple[str, ...] | None = None  # names of the labels 0, 1, ...; None if unknown
     data: str | None = None  # fingerprint of the training data; None if unknown
 
@@ -79,7 +79,7 @@ def _make_training(config, flip, time_sampling, init, loss):
     options = {"time_sampling": training.TIME_SAMPLINGS[time_sampling], "lengths": config.averages}
 
     @jax.jit
-    def make_state(key, params):  # a key made in here would be a constant, and XLA would draw when it compiles
+    def make_state(key, params):  # a key made in here would be a constant, and XLA would draw while compiling
         return training.init_state(init(key) if params is None else params, optimizer, **options)
 
     def init_state(params=None):

@@ -52,7 +52,7 @@ def ddpm(schedule: Schedule, variance: str = "fixedsmall") -> Sampler:
 
 
 def ddim(schedule: Schedule, eta: float = 0.0) -> Sampler:
-    """Song, Meng & Ermon 2020, eqs. 12 and 16: deterministic at eta = 0, the ancestral sampler at eta = 1.
+    """Song, Meng & Ermon 2020, eqs. 12 and 16: deterministic at eta = 0, `ddpm` with variance fixedsmall at eta = 1.
 
     eps_hat is computed from x_0_hat, so it is consistent with clipping. At eta = 0 a step may also go up, to s > t.
     """

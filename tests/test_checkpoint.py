@@ -260,7 +260,7 @@ def test_at_most_ten_differences_are_named(folder):
 def test_fault_26_another_format_is_refused(folder, monkeypatch, own):
     monkeypatch.setattr(checkpoint, "FORMAT", own)
     monkeypatch.setattr(checkpoint, "__version__", "9.9")
-    told = f"has format 2 of ddpm_jax {re.escape(__version__)}, this is 9.9 with format {own}"
+    told = f"has format 2; ddpm_jax 9.9 reads format {own}; use ddpm_jax {re.escape(__version__)}"
     with pytest.raises(CheckpointError, match=told):
         restored_step(folder)
 

@@ -59,10 +59,10 @@ def test_fault_59_nan_in_one_batch_is_left_out(train, tmp_path):
 
 @pytest.mark.faults
 def test_fault_60_nan_in_many_steps_ends_the_run(train, tmp_path):
-    """The last good checkpoint is named and none has been written over; the same command tries again from there."""
+    """The newest checkpoint is named and none has been written over; the same command tries again from there."""
     done = train("step >= 11", "--config.train.on_nan=skip", "--config.train.max_skipped=3")
     assert done.returncode == 5
-    found = re.search(r"not finite at step (\d+) \((\d) in a row\); the last good checkpoint is .*/10;", done.stderr)
+    found = re.search(r"not finite at step (\d+) \((\d) in a row\); the newest checkpoint is .*/10;", done.stderr)
     assert int(found[1]) - int(found[2]) == 11
     assert_one_line(done)
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [5, 10]
@@ -77,7 +77,7 @@ def test_nan_ends_the_run_at_once_when_so_chosen(train, tmp_path, batch):
     """Whether the metrics of the step are read late, with those of the next step, or at once (log and save)."""
     done = train(f"step == {batch}", "--config.train.on_nan=abort")
     assert done.returncode == 5
-    assert re.search(rf"not finite at step {batch + 1} \(1 in a row\); the last good checkpoint is .*/10;", done.stderr)
+    assert re.search(rf"not finite at step {batch + 1} \(1 in a row\); the newest checkpoint is .*/10;", done.stderr)
     assert_one_line(done)
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [5, 10]
 

@@ -20,7 +20,7 @@ class Action(NamedTuple):
     """Something to do every so many steps, and after the last step."""
 
     every: int
-    act: Callable  # (step, state, ending); ending: whether this was the last step
+    act: Callable  # (step, state, ending); ending: whether training ends after this step
     on_stop: bool | None = None  # whether to act when a signal ends the run; None: as after any other step
 
     def is_due(self, step, last, stopped):
@@ -54,7 +54,7 @@ class StepTimer:
         self.waited += time.monotonic() - begun
 
     def report(self, step, batch_size):
-        """{name: mean over the steps since the last reset}; None if there are no steps."""
+        """{name: rate or mean per step since the last reset}; the values are None if there were no steps."""
         steps = step - self.first
         return {
             "images_per_second": batch_size * steps / self.busy if steps else None,
@@ -66,7 +66,7 @@ class StepTimer:
 class Metrics:
     """The metrics of the steps since the last log line.
 
-    They are read with a delay of one call, so that the device never waits, unless they are needed immediately.
+    Unless needed at once, they are read one call late, so that the device never waits.
     """
 
     def __init__(self, step, window, check):

@@ -62,5 +62,5 @@ def check_finite(row, step, config, manager):
     if config.on_nan == "rollback":
         raise RollBack(problem)
     good = checkpoint.steps(manager.directory)
-    where = f"the last good checkpoint is {manager.directory / str(good[-1])}" if good else "no checkpoint was written"
+    where = f"the newest checkpoint is {manager.directory / str(good[-1])}" if good else "no checkpoint was written"
     raise errors.Diverged(f"{problem}; {where}; try a lower train.learning_rate")

@@ -97,7 +97,7 @@ def main(argv=None):
         if done:
             say(f"already finished at step {done:,}; for more, --config.train.steps={2 * done}")
             return 0
-        # All checks have passed: from here on the folder of the run is written.
+        # From here on the run's folder is written.
         with parallel.on_all_processes(
             lambda: run_folder.create_and_lock(workdir) if parallel.is_first() else contextlib.nullcontext()
         ):
@@ -124,7 +124,7 @@ def compile_only(args, say):
 
 
 def prepare(args, workdir, say):
-    """(Experiment, Dataset), after all checks that need no device; the calls marked "raises" are such checks."""
+    """(Experiment, Dataset), after every check that does not need the checkpoint; calls marked "raises" only check."""
     from ddpm_jax import data, experiment, parallel
     from ddpm_jax.run import checkpoint
     from ddpm_jax.run import folder as run_folder

@@ -1,4 +1,4 @@
-"""Devices and processes; no code outside this package deals with them.
+"""Devices and processes; other code reaches them only through this package.
 
 devices.py chooses and describes the devices, launch.py joins the other processes, steps.py maps functions over the
 devices, pods.py coordinates the processes.

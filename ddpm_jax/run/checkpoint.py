@@ -1,7 +1,10 @@
 """Checkpoints; the only file that uses Orbax.
 
-A step is a folder with an item for each part of the TrainState and meta (JSON: counters, config, digests, versions).
-It is valid once its commit marker is written, so a crash during a save leaves the previous step as the newest.
+A step is a folder with an item for each tree of the TrainState (ARRAYS), and meta, in JSON: the counters, format,
+versions and checksums, and what the caller adds. Training adds config, shape, classes, the fingerprint of the data,
+devices, rollbacks, branch (the step that --step named) and window (the metrics that are not logged yet).
+
+A step is valid once its commit marker is written, so a crash during a save leaves the previous step as the newest.
 Orbax does not detect damaged array data, so each item has its own checksum; a damaged step is skipped on loading.
 """
 
@@ -32,11 +35,11 @@ COUNTERS = ("step", "skipped", "skipped_in_row")
 FORMAT = 2
 MARKER = "commit_success.txt"
 ASIDE = ".aside"
-TRASH = "deleted"  # a step is moved here before it is deleted, so that nobody reads a half of it
+TRASH = "deleted"  # a step is moved here before it is deleted, so that no reader finds it half deleted
 
 
 def open_manager(folder, keep=None, keep_every=0, read_only=False):
-    """Orbax's manager of a run's checkpoints; unless it is read-only, it first deletes what a crash has left behind.
+    """Open Orbax's manager of a run's checkpoints; unless read_only, first delete what a crash left behind.
 
     Checkpoint retention: the newest `keep` steps (None for all), and all multiples of `keep_every` (0 for none).
     """
@@ -254,8 +257,10 @@ def load(folder, items, expect=None, step=None, config=None):
 
 def _check_format(where, meta):
     if meta["format"] != FORMAT:
-        theirs = f"format {meta['format']} of ddpm_jax {meta['versions']['ddpm_jax']}"
-        raise CheckpointError(f"{where} has {theirs}, this is {__version__} with format {FORMAT}; use the former")
+        theirs = meta["versions"]["ddpm_jax"]
+        raise CheckpointError(
+            f"{where} has format {meta['format']}; ddpm_jax {__version__} reads format {FORMAT}; use ddpm_jax {theirs}"
+        )
 
 
 def verify(folder):
