@@ -265,13 +265,13 @@ def test_damaged_and_missing_snapshots_are_left_out(trajectory, tracked, folder)
     (folder / names[7]).write_bytes(b"")
     (folder / names[9]).unlink()
     shutil.copy(folder / names[10], folder / names[11])  # whole, but of another step
-    with pytest.warns(UserWarning, match="left out") as told:
+    with pytest.warns(UserWarning, match="averages skipped") as told:
         stored = snapshots.stored(folder)
     for k, warning in zip((3, 5, 7, 11), told, strict=True):
         assert names[k] in str(warning.message)
     gone = [(k + 1) * EVERY for k in (3, 5, 7, 9, 11)]
     assert stored == [(n, s) for n in range(EVERY, STEPS + 1, EVERY) if n not in gone for s in TRACKED]
-    with pytest.warns(UserWarning, match="left out"):
+    with pytest.warns(UserWarning, match="averages skipped"):
         got = flat(experiment.posthoc_ema(folder, TEMPLATE, 0.15))
     wanted = definition(trajectory, STEPS, 0.15)
     assert np.linalg.norm(got - wanted) < 0.005 * np.linalg.norm(trajectory[-1] - wanted)
@@ -281,7 +281,7 @@ def test_nothing_to_use_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="there are no averages in"):
         snapshots.stored(tmp_path / "none")
     (tmp_path / "step_000000100.npz").write_bytes(b"PK")
-    with pytest.raises(CheckpointError, match="that can be used"), pytest.warns(UserWarning, match="left out"):
+    with pytest.raises(CheckpointError, match="that can be used"), pytest.warns(UserWarning, match="averages skipped"):
         experiment.posthoc_ema(tmp_path, TEMPLATE, 0.05)
 
 
