@@ -173,7 +173,7 @@ def run_loop(parts, dataset, time_step):
     step, and the elapsed seconds. The logged time excludes logging and checkpoints, the elapsed time includes both. The
     steps before the first line of the log are left out.
     """
-    from ddpm_jax.commands import progress, train
+    from ddpm_jax.commands import loop, progress, train
     from ddpm_jax.run import log
 
     bare, rows, elapsed, start = [], [], [], 0.0
@@ -199,7 +199,7 @@ def run_loop(parts, dataset, time_step):
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         args = train.Args(config=parts.config)
-        train.train(args, parts, dataset, "synthetic", Path(folder), lambda: None, lambda text: None, [])
+        loop.train(args, (0, 0), parts, dataset, "synthetic", Path(folder), lambda: None, lambda text: None, [])
     steps = [after["step"] - before["step"] for before, after in itertools.pairwise(rows)]
     return bare, steps, [row["seconds_per_step"] for row in rows[1:]], elapsed[1:]
 
