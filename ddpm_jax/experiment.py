@@ -143,7 +143,7 @@ def find_run(path: str | Path, step: int = 0) -> tuple[Path, int | None]:
         if step not in (0, int(folder.name)):
             raise ConfigError(f"--workdir={path} and --step={step} are different steps; leave one of them out")
         return folder.parent.parent, int(folder.name)
-    raise CheckpointError(f"there is no run in {path} (no folder {checkpoints}); train first, or see --workdir")
+    raise CheckpointError(f"there is no run in {path} (no folder {checkpoints}); train first, or change --workdir")
 
 
 def restore(workdir: Path, weights: str, step: int | None = None, member: int = 0) -> tuple[Experiment, Any, int]:

@@ -52,12 +52,12 @@ finite = ("finite", math.isfinite)
 STEP = 0, "step of the checkpoint; 0 for the newest", at_least(0)
 WEIGHTS = (
     "ema",
-    "averaged or plain parameters, or the length (sigma_rel) of a post-hoc average",
+    "ema (averaged), raw (plain parameters), or the length (sigma_rel) of a post-hoc average",
     ("ema, raw or a number", lambda value: value in ("ema", "raw") or parses(float, value)),
 )
 MEMBER = 0, "index of the run in an ensemble", at_least(0)
 PLATFORM = "auto", "what to run on", one_of("auto", "cpu", "gpu", "tpu")
-CPU_DEVICES = 0, "number of devices that a CPU is split into; 0 for up to one a core", at_least(0)
+CPU_DEVICES = 0, "number of devices that a CPU is split into; 0 for at most one per core", at_least(0)
 DEBUG = False, "show tracebacks"
 
 
@@ -213,7 +213,8 @@ def parse(cls, argv, prog, description, load=None, positional=()):
     `_` and `-` are the same in an option's name. Every fault is a `ConfigError`.
     """
     argv = [_normalized(word) for word in _positional_to_options(command_line(argv), positional)]
-    parser = _Parser(prog, description=description, allow_abbrev=False, formatter_class=argparse.HelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog, description=description, allow_abbrev=False, formatter_class=formatter)
     default = cls()
     if load:
         file_parser = _Parser(prog, add_help=False, allow_abbrev=False)
@@ -268,5 +269,5 @@ def _metavar(kind):
     if isinstance(kind, types.UnionType):
         kind = typing.get_args(kind)[0]
     if typing.get_origin(kind) is tuple:
-        return "N,N"
+        return ",".join([_metavar(typing.get_args(kind)[0])] * 2)
     return {int: "N", float: "X", bool: "true|false", str: "TEXT"}[kind]

@@ -281,7 +281,7 @@ def test_nothing_is_overwritten_unasked(call, imported, tmp_path):
     (workdir / "metrics.jsonl").write_text('{"step": 5}\n')
     code, _, said = call(interop, "import", other, f"--workdir={workdir}")
     assert code == 2
-    assert "already holds a run; use another --workdir, or say --overwrite" in said
+    assert "already holds a run; use another --workdir, or add --overwrite" in said
     assert call(interop, "import", other, f"--workdir={workdir}", "--overwrite")[0] == 0
     assert not (workdir / "metrics.jsonl").exists()
     assert checkpoint.steps(workdir / "checkpoints") == [0]
@@ -290,7 +290,7 @@ def test_nothing_is_overwritten_unasked(call, imported, tmp_path):
         assert call(interop, "export", workdir, out)[0] == 0
         code, _, said = call(interop, "export", workdir, out)
         assert code == 2
-        assert "already exists; use another --path, or say --overwrite" in said
+        assert "already exists; use another --path, or add --overwrite" in said
         assert call(interop, "export", workdir, out, "--overwrite")[0] == 0
 
 

@@ -156,7 +156,7 @@ MISTAKES = {
     "processes": (["train.py", "--distributed=localhost:1,3,2"], 2, "with ID below COUNT"),
     "fault_39 platform": (["train.py", "--platform=tpu"], 2, "(--platform=tpu)"),
     "step at the end": (["train.py", "--step=2000"], 2, "--step=2000 must be less than train.steps=2000"),
-    "span": (["train.py", "--profile=7"], 2, "--profile=7 must be START:STOP, two whole numbers of which the second"),
+    "span": (["train.py", "--profile=7"], 2, "--profile=7 must be START:STOP, two whole numbers, the second"),
     "span backwards": (["train.py", "--profile=7:7"], 2, "--profile=7:7 must be START:STOP"),
     "span beyond the end": (["train.py", "--profile=2000:2001"], 2, "must begin before train.steps=2000"),
     "span within calls": (

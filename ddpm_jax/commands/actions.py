@@ -21,7 +21,7 @@ class Action(NamedTuple):
 
     every: int
     act: Callable  # (step, state, ending); ending: whether training ends after this step
-    on_stop: bool | None = None  # whether to act when a signal ends the run; None: as after any other step
+    on_stop: bool | None = None  # whether to act when a signal ends the run; None: only if due
 
     def is_due(self, step, last, stopped):
         if stopped and self.on_stop is not None:
@@ -66,7 +66,7 @@ class StepTimer:
 class Metrics:
     """The metrics of the steps since the last log line.
 
-    Unless needed at once, they are read one call late, so that the device never waits.
+    They are read one call late, so that the device never waits, except when an action needs them.
     """
 
     def __init__(self, step, window, check):
@@ -191,4 +191,4 @@ def _store_averages(run, state):
         try:
             snapshots.save(run.workdir / "averages", updates, dict(zip(lengths, state.averages, strict=True)))
         except errors.CheckpointError as error:
-            warnings.warn(f"{error}; training goes on", stacklevel=2)
+            warnings.warn(f"{error}; training continues", stacklevel=2)

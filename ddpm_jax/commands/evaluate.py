@@ -28,15 +28,15 @@ class Args(options.Arguments):
         options.all_of(options.one_of(*METRICS)),
         ("at least one of " + ", ".join(METRICS), len),
     )
-    num: int = options.option(1000, "number of images (for nll, ode, mse: the first) or samples", options.at_least(1))
-    data: str = options.option("", "new location of the run's data, as in data.source; unchanged when empty")
+    num: int = options.option(1000, "number of samples; for nll, ode and mse of the first images", options.at_least(1))
+    data: str = options.option("", "new location of the run's data, as in data.source; the old one when empty")
     other_data: bool = options.option(False, "accept data with another fingerprint than the run's")
     split: str = options.option("", "split of the data, as in data.split; the run's own when empty")
     weights: str = options.option(*options.WEIGHTS)
     member: int = options.option(*options.MEMBER)
-    sampler: str = options.option("ddpm", "of the samples, a name in ddpm_jax.samplers.SAMPLERS")
-    steps: int = options.option(0, "steps of nll, mse and the samples; 0 for all T", options.at_least(0))
-    spacing: str = options.option("trailing", "of these steps, a name in ddpm_jax.schedules.SPACINGS")
+    sampler: str = options.option("ddpm", "sampler of the samples, a name in ddpm_jax.samplers.SAMPLERS")
+    steps: int = options.option(0, "number of steps for nll, mse and sampling; 0 for all T", options.at_least(0))
+    spacing: str = options.option("trailing", "spacing of these steps, a name in ddpm_jax.schedules.SPACINGS")
     samples: str = options.option("", "npz file of images, or folder of shards, to evaluate instead of drawing samples")
     reference: str = options.option(
         "", "images to compare samples with, as in data.source; the run's own data when empty"
@@ -64,7 +64,7 @@ class Args(options.Arguments):
 
 @log.quiet()
 def main(argv=None):
-    """The exit code of evaluating with the options `argv`, those of the program when None."""
+    """Evaluate with the options `argv` (default: those of the command line); the exit code."""
     args = commands.parse(Args, argv, "evaluate", __doc__)
 
     from ddpm_jax import experiment, parallel

@@ -32,7 +32,7 @@ class Run(NamedTuple):
 
 
 def train(args, span, parts, dataset, fingerprint, workdir, stop_requested, say, argv):
-    """Run Algorithm 1 from the newest checkpoint, that of --step, or the beginning to the last step; the exit code.
+    """Run Algorithm 1 to the last step; the exit code. It starts from the newest checkpoint, that of --step, or anew.
 
     args: those of commands.train; span: the steps to trace; argv: the command, for run.json.
     """
@@ -54,7 +54,7 @@ def train(args, span, parts, dataset, fingerprint, workdir, stop_requested, say,
 
 
 def take_steps(run, start):
-    """Every step of Algorithm 1 from `start` on, each followed by the actions due; the exit code."""
+    """Take the steps of Algorithm 1 from `start` on, each followed by the actions due; the exit code."""
     config, first = run.parts.config.train, int(np.max(start.state.step))
     state, step, code = run.program.place(start.state), first, None
     with actions.open_tools(run, start, first) as tools:

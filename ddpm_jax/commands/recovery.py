@@ -25,7 +25,7 @@ class RollBack(BaseException):
 
 
 def start(run, step=None):
-    """The Start at the newest intact checkpoint, or at that of `step`; at the initial state if there is none."""
+    """The Start from the checkpoint of `step`, by default the newest intact one; the initial state if there is none."""
     if not (checkpoint.steps(run.workdir / "checkpoints") or step):
         return Start(run.program.init_state(), [], 0, None, {})
     template = jax.eval_shape(run.program.init_state)

@@ -26,20 +26,20 @@ class Args(options.Arguments):
     workdir: str = options.option("", "folder of the run; runs/NAME of the config file when empty")
     step: int = options.option(
         0,
-        "checkpoint to resume from: later ones are set aside, later metrics and averages dropped; 0 for the newest",
+        "step of the checkpoint to resume from, setting later ones aside and deleting later metrics; 0 for the newest",
         options.at_least(0),
     )
     allow_change: tuple[str, ...] = options.option(
         (), "fields, such as train.batch_size,data.source, that may differ from those of the run in the folder"
     )
     strict_data: bool = options.option(False, "refuse a folder with a picture that cannot be read")
-    dry_run: bool = options.option(False, "build, count, compile, take one step on random data, and exit")
-    topology: str = options.option("", "with --dry-run: compile for TPU chips that are not here, such as v5e:2x4")
+    dry_run: bool = options.option(False, "build the network, compile, take one step on random images, and exit")
+    topology: str = options.option("", "with --dry-run: compile for TPU chips that are not here, like v5e:2x4")
     platform: str = options.option(*options.PLATFORM)
     distributed: str = options.option("auto", "several processes: auto, off or HOST:PORT,ID,COUNT")
     heartbeat: int = options.option(
         100,
-        "seconds of silence after which a process counts as lost and the others end",
+        "seconds without a sign of life after which a process counts as lost and the others exit",
         options.at_least(1),
         options.below(10**6),
     )
@@ -47,15 +47,15 @@ class Args(options.Arguments):
     wandb: str = options.option("", "Weights & Biases project to log the run to (needs the extra wandb)")
     profile: str = options.option(
         "",
-        "START:STOP, the steps to trace, into WORKDIR/profile",
-        ("START:STOP, two whole numbers of which the second is larger", is_span),
+        "START:STOP, the steps to trace; the trace is written to WORKDIR/profile",
+        ("START:STOP, two whole numbers, the second larger", is_span),
     )
     debug: bool = options.option(*options.DEBUG)
 
 
 @log.quiet()
 def main(argv=None):
-    """The exit code of training with the options `argv`, those of the program when None."""
+    """Train with the options `argv` (default: those of the command line); the exit code."""
     argv = options.command_line(argv)
     args = commands.parse(Args, argv, "train", __doc__, configs.load)
     if args.strict_data:

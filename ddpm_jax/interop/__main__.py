@@ -62,7 +62,7 @@ def import_run(args, path, argv):
 
     workdir = expand(args.workdir)
     if not args.overwrite and ((workdir / RUN[0]).exists() or checkpoint.steps(workdir / "checkpoints")):
-        raise errors.ConfigError(f"{workdir} already holds a run; use another --workdir, or say --overwrite")
+        raise errors.ConfigError(f"{workdir} already holds a run; use another --workdir, or add --overwrite")
     found = released.read(path)
     changes = {"data.source": args.source} if args.source else {}
     parts = experiment.make(config.replace(found.config, changes), found.shape)
@@ -104,7 +104,7 @@ def export_run(args, path, argv):
     workdir, step = experiment.find_run(args.workdir, args.step)
     there = [name for name in released.names(path) if name.exists()]
     if there and not args.overwrite:
-        raise errors.ConfigError(f"{there[0]} already exists; use another --path, or say --overwrite")
+        raise errors.ConfigError(f"{there[0]} already exists; use another --path, or add --overwrite")
     parts, params, step = experiment.restore(workdir, args.weights, step, args.member)
     released.write(path, parts, params, step=str(step), weights=args.weights)
     if not released.is_file(path) and parts.config.model.dtype != "float32":
