@@ -262,6 +262,7 @@ def test_fault_84_training_goes_on_with_moved_data(moved):
         run_folder.resume(parts, template, "1x2", folder)
 
 
+@pytest.mark.slow
 def test_fault_84_evaluation_is_told_the_new_place(moved, call):
     folder, _, _ = moved
     options = [f"--workdir={folder}", "--num=8", "--steps=1", "--metrics=mse", "--overwrite"]

@@ -117,8 +117,8 @@ def test_nothing_is_told_to_a_tpu_that_is_there(monkeypatch, attached):
     ("name", "shape", "slow"),
     [
         ("celebahq256", (256, 256, 3), True),
-        ("lsun256", (256, 256, 3), True),
-        ("cifar10", (32, 32, 3), False),
+        pytest.param("lsun256", (256, 256, 3), True, marks=pytest.mark.slow),
+        pytest.param("cifar10", (32, 32, 3), False, marks=pytest.mark.slow),
         ("digits", (8, 8, 1), False),
     ],
 )

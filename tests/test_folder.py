@@ -227,6 +227,7 @@ def test_fault_55_a_name_that_the_output_cannot_show(encoding):
     assert done.stdout.decode(encoding) == ("\u65e5" if encoding == "utf8" else "\\u65e5") + "\\udcff\n"
 
 
+@pytest.mark.slow
 def test_fault_55_many_files(album):
     """20,000, in the order of their numbers, whichever was written first."""
     folder, load_album = album

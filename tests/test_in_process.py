@@ -20,7 +20,7 @@ from conftest import LEAST, SMALL, fingerprint
 
 from ddpm_jax import __main__ as program
 from ddpm_jax import errors, parallel
-from ddpm_jax.commands import train
+from ddpm_jax.commands import loop, train
 from ddpm_jax.errors import ConfigError, Diverged
 from ddpm_jax.parallel import devices
 from ddpm_jax.run import files, signals
@@ -77,7 +77,7 @@ def start(tmp_path, monkeypatch):
     given = [*net, f"--config.data.source=npz:{tmp_path / 'data.npz'}", "--config.train.batch_size=16"]
 
     def run(body, *argv):
-        monkeypatch.setattr(train, "train", lambda *args, **kwargs: body())
+        monkeypatch.setattr(loop, "train", lambda *args, **kwargs: body())
         return train.main([f"--workdir={tmp_path / 'run'}", *given, *argv])
 
     return run

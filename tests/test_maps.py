@@ -219,6 +219,7 @@ def start(album, tmp_path):
         process.communicate()
 
 
+@pytest.mark.slow
 def test_several_processes_decode_once(album, tmp_path, start):
     folder, _ = album
     processes = [start() for _ in range(3)]

@@ -181,6 +181,7 @@ def test_fault_76_help_on_a_small_terminal():
         assert "--workdir" in done.stdout
 
 
+@pytest.mark.slow
 def test_fault_76_sampling_with_nothing_to_print_to(run, script, tmp_path):
     done = script("sample.py", f"--workdir={run[0]}", f"--out={tmp_path}", "--num=3", shell="exec >&- 2>&-;")
     assert done.returncode == 0

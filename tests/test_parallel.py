@@ -48,9 +48,8 @@ def test_fault_62_sgd_gradient_and_all_replicas_are_the_same_on_1_2_and_8_device
             np.testing.assert_allclose(a, b, atol=1e-6 * max(1, scale))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "loss_aware")) for name in training.TIME_SAMPLINGS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", training.TIME_SAMPLINGS)
 def test_times_are_the_same_on_1_2_and_8_devices(name):
     """The gradient of w u is u, so that one step of SGD tells the mean of all u."""
 

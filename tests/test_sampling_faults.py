@@ -184,6 +184,7 @@ sys.exit(errors.run(sample.main))
 """
 
 
+@pytest.mark.slow
 def test_fault_77_killed_while_it_writes_the_grid(run, environment, tmp_path):
     """The old grid is there, whole, and whoever looks for pictures finds no other."""
     (tmp_path / "grid.png").write_bytes(b"mine")
@@ -333,7 +334,7 @@ MODULES = ("sitecustomize", "usercustomize", "conftest", "__init__", "__main__",
 @pytest.mark.parametrize(
     "command",
     [
-        "sample.py --workdir=RUN --num=2 --steps=1",
+        pytest.param("sample.py --workdir=RUN --num=2 --steps=1", marks=pytest.mark.faults),
         pytest.param("evaluate.py --workdir=RUN --num=2 --steps=1 --metrics=mse", marks=pytest.mark.faults),
         pytest.param("-m ddpm_jax.run RUN", marks=pytest.mark.faults),
     ],

@@ -42,13 +42,8 @@ def whole(given, tmp_path_factory):
     return (out / "samples.npz").read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [
-        pytest.param(signal.SIGTERM, 75, id="75"),
-        pytest.param(signal.SIGINT, 130, id="130", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=["75", "130"])
 def test_fault_85_interrupted_samples_are_kept_and_gone_on_with(
     call, given, whole, tmp_path, monkeypatch, number, code
 ):
