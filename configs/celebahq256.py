@@ -1,6 +1,6 @@
 """CelebA-HQ at 256x256 exactly as in Ho et al. 2020: 113.7M parameters, 500,000 steps of 64 images.
 
-Published speed: 2.2 steps a second on a TPU v3-8 (appendix B). The data set must be prepared by hand (see TFDS).
+Published speed: 2.2 steps a second on a TPU v3-8 (appendix B). The data set must be prepared manually (see TFDS).
 
 Not trained here, nor run on a GPU or TPU.
 

@@ -1,6 +1,6 @@
 """Oxford Flowers 102 at 64x64, the set that many tutorials use. For one GPU.
 
-The test split is the largest (6,149 of 8,189), so all three are trained on.
+The test split is the largest (6,149 of 8,189), so training uses all three.
 Not trained here, nor run on a GPU: what to expect is not known.
 """
 

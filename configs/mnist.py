@@ -1,4 +1,4 @@
-"""MNIST at its own 28x28, gray, 60,000 digits. For one GPU; on a CPU take configs/digits.py.
+"""MNIST at its own 28x28, gray, 60,000 digits. For one GPU; on a CPU use configs/digits.py.
 
 Not trained here, nor run on a GPU: what to expect is not known.
 """

@@ -1,42 +1,35 @@
-"""Averages of the parameters whose length is chosen after training (Karras et al. 2024, section 3 and appendix C).
+"""Post-hoc EMA: averages of the parameters with a length chosen after training (Karras et al. 2024, section 3, app. C).
 
-The average at step t gives the parameters of step tau the weight p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1), tau in
-[0, t]. Its length `sigma_rel`, the standard deviation of p over t, is the same at every t: the average forgets its
-beginning by itself and needs no warm-up. Training tracks two lengths and stores snapshots of them; any other length is
-a linear combination of the snapshots, whose coefficients fit its p by theirs.
+The average at step t weights the parameters of step tau in [0, t] by p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1).
+Its length `sigma_rel`, the standard deviation of p divided by t, is the same at every t, so the average forgets the
+initialisation and needs no warm-up. Training stores snapshots of a few lengths. Any other length is approximated by a
+linear combination of the snapshots, by a least-squares fit of their p.
 
-A step here is a number of updates taken, n = 1, 2, ...; training steps that were skipped do not count.
+Steps here count parameter updates, n = 1, 2, ...; skipped training steps do not count.
 """
 
-import io
-import warnings
-from pathlib import Path
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import trees
-from ddpm_jax.errors import CheckpointError, ConfigError
-from ddpm_jax.files import write_atomic
+from ddpm_jax.errors import ConfigError
 
-LONGEST = 12**-0.5  # sigma_rel of gamma = 0, the plain mean of all steps
+MAX_SIGMA_REL = 12**-0.5  # sigma_rel of gamma = 0, the plain mean of all steps
 
 
 def sigma_rel(gamma):
-    """The standard deviation of p over t: (gamma + 1)^(1/2) (gamma + 2)^-1 (gamma + 3)^(-1/2)."""
+    """The standard deviation of p, divided by t: (gamma + 1)^(1/2) (gamma + 2)^-1 (gamma + 3)^(-1/2)."""
     return (gamma + 1) ** 0.5 / ((gamma + 2) * (gamma + 3) ** 0.5)
 
 
 def gamma(sigma_rel):
-    """The exponent gamma >= 0 of that length: the largest root of (gamma + 2)^2 (gamma + 3) sigma_rel^2 = gamma + 1.
+    """The exponent gamma >= 0 for a length: the largest root of (gamma + 2)^2 (gamma + 3) sigma_rel^2 = gamma + 1.
 
     Raises ConfigError unless 0 < sigma_rel <= 12^(-1/2).
     """
-    if not 0 < sigma_rel <= LONGEST:
+    if not 0 < sigma_rel <= MAX_SIGMA_REL:
         raise ConfigError(
-            f"sigma_rel={sigma_rel} is not the length of an average: it must be above 0 and at most {LONGEST:.4f}, "
-            "the mean of all steps"
+            f"sigma_rel={sigma_rel} is not the length of an average: it must be above 0 and at most "
+            f"{MAX_SIGMA_REL:.4f}, the mean of all steps"
         )
     return float(np.roots([1, 7, 16 - sigma_rel**-2, 12 - sigma_rel**-2]).real.max())
 
@@ -44,143 +37,40 @@ def gamma(sigma_rel):
 def update_rate(gamma, n):
     """1 - beta for average = beta average + (1 - beta) params at the n-th update, beta = (1 - 1/n)^(gamma + 1).
 
-    It is 1 for n = 1, so the initialisation has no share. The weight of update i is then the integral of p from i - 1
-    to i, exactly. beta is too near to 1 for float32 (1 - beta is about (gamma + 1) / n), hence not formed.
+    It is 1 for n = 1, which discards the initialisation. The weight of update i is then exactly the integral of p from
+    i - 1 to i. 1 - beta is computed directly, since beta itself is too close to 1 for float32.
     """
     return -jnp.expm1((gamma + 1) * jnp.log1p(-1 / n))
 
 
 def _inner(t_a, gamma_a, t_b, gamma_b):
-    """The integral of p_a p_b (appendix C), from the ratio of the two steps so that no power overflows."""
+    """The inner product of p_a and p_b (appendix C). It uses the ratio of the two steps, so no power overflows."""
     later = np.maximum(t_a, t_b)
     ratio = (np.minimum(t_a, t_b) / later) ** np.where(t_a > t_b, gamma_a, gamma_b)
     return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * ratio / later
 
 
-def weights(snapshots, target_step, target_sigma_rel):
-    """(coefficients, error): the combination of `snapshots` nearest to the target's profile, float64, in their order.
+def posthoc_coefficients(snapshots, target_step, target_sigma_rel):
+    """(coefficients, error): the linear combination of `snapshots` closest to the target profile, float64.
 
-    snapshots: list of (step, sigma_rel), no two the same. error: the L2 distance of the two profiles over the norm of
-    the target's; at most 1e-7 for a snapshot itself. Raises ConfigError for a step that the snapshots do not reach.
+    snapshots: list of distinct (step, sigma_rel), in the order of the coefficients. error: the L2 distance of the two
+    profiles relative to the target's norm; at most 1e-7 if the target is a snapshot. Raises ConfigError for a step
+    beyond the snapshots.
 
-    Unlike the paper's, the coefficients are held to the sum 1 (by a Lagrange multiplier). Its nets normalise their
-    weights, so that a common factor changes nothing; ours would be multiplied by the sum, which is 0.9 for sigma_rel
-    0.28 from ten snapshots each of 0.05 and 0.10.
+    Unlike the paper's, the coefficients sum to 1 (by a Lagrange multiplier), as our networks do not normalise their
+    weights. Without the constraint the sum is 0.9 for sigma_rel 0.28 from ten snapshots each of 0.05 and 0.10.
     """
     last = max(step for step, _ in snapshots)
     if not 0 < target_step <= last:
-        raise ConfigError(f"step={target_step} is not covered by the averages; take one from 1 to {last}")
+        raise ConfigError(f"step={target_step} is not covered by the averages; choose one from 1 to {last}")
     t = np.array([step for step, _ in snapshots], np.float64) / target_step
     g, g_0 = np.array([gamma(length) for _, length in snapshots]), gamma(target_sigma_rel)
-    gram, right = _inner(t[:, None], g[:, None], t, g), _inner(t, g, 1.0, g_0)
+    gram, target = _inner(t[:, None], g[:, None], t, g), _inner(t, g, 1.0, g_0)
 
-    norm = np.sqrt(np.diag(gram))  # profiles of unit norm: early steps' are narrow and high
+    norm = np.sqrt(np.diag(gram))  # scale the profiles to unit norm: those of early steps are narrow and high
     system = np.block([[gram / norm / norm[:, None], 1 / norm[:, None]], [1 / norm, 0.0]])
-    coefficients = np.linalg.solve(system, np.append(right / norm, 1.0))[:-1] / norm
+    coefficients = np.linalg.solve(system, np.append(target / norm, 1.0))[:-1] / norm
 
-    square = _inner(1.0, g_0, 1.0, g_0)
-    distance = square - 2 * coefficients @ right + coefficients @ gram @ coefficients
-    return coefficients, float(np.sqrt(max(0.0, distance / square)))
-
-
-def _path(folder, step):
-    return Path(folder) / f"step_{step:09d}.npz"
-
-
-def save(folder, step, averages):
-    """Write {sigma_rel: tree} after `step` updates as one file of float32 arrays "sigma_rel/name" and a CRC-32 of all.
-
-    Raises CheckpointError when it cannot be written; the other snapshots are untouched then.
-    """
-    step = int(step)
-    assert step >= 1
-    arrays = {
-        f"{float(length)}/{trees.name(path)}": np.asarray(leaf, np.float32)
-        for length, tree in averages.items()
-        for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(tree))
-    }
-    buffer = io.BytesIO()
-    np.savez(buffer, crc32=np.uint32(trees.digest([step, arrays])), **arrays)
-    try:
-        write_atomic(_path(folder, step), buffer.getbuffer())
-    except OSError as error:
-        raise CheckpointError(f"the averages of step {step} were not written to {folder} ({error})") from error
-
-
-def load(folder, step):
-    """{sigma_rel: {name: float32 array}} of one snapshot; CheckpointError if it is missing or damaged."""
-    path = _path(folder, step)
-    try:
-        with open(path, "rb") as file, np.load(file) as archive:
-            arrays = dict(archive)
-        if arrays.pop("crc32") != trees.digest([step, arrays]):
-            raise ValueError("the checksum differs")
-    except Exception as error:  # a damaged file can make zipfile raise anything
-        raise CheckpointError(f"{path} cannot be used ({' '.join(str(error).split())[:200]})") from error
-    averages = {}
-    for key, array in arrays.items():
-        length, name = key.split("/", 1)
-        averages.setdefault(float(length), {})[name] = array
-    return averages
-
-
-def drop_after(folder, step):
-    """Remove the snapshots after `step` updates, which a run that goes on from there writes again."""
-    for number in _steps(folder):
-        if number > step:
-            _path(folder, number).unlink()
-
-
-def _steps(folder):
-    numbers = [path.stem.removeprefix("step_") for path in Path(folder).glob("step_*.npz")]
-    return sorted(int(number) for number in numbers if number.isdigit())
-
-
-def stored(folder):
-    """The snapshots of a folder that are whole, as a list of (step, sigma_rel), oldest first; each file is read.
-
-    A damaged one is left out with a warning. Raises CheckpointError when none is left.
-    """
-    snapshots, steps = [], _steps(folder)
-    for step in steps:
-        try:
-            snapshots += [(step, length) for length in load(folder, step)]
-        except CheckpointError as error:
-            warnings.warn(f"averages left out: {error}", stacklevel=2)
-    if not snapshots:
-        raise CheckpointError(f"there are no averages in {folder}" + (" that can be used" if steps else ""))
-    return snapshots
-
-
-def reconstruct(folder, template, sigma_rel, step=None):
-    """The average of length `sigma_rel` at `step` (default: the last snapshot's), shaped and typed as `template`.
-
-    One snapshot is in memory at a time; the sum is float64, as coefficients alternate in sign. A fit whose error
-    is above a tenth is told as a warning. Raises ConfigError for a length or step out of range, CheckpointError when
-    there is no whole snapshot or one does not fit the template.
-    """
-    snapshots = stored(folder)
-    step = snapshots[-1][0] if step is None else step
-    coefficients, error = weights(snapshots, step, sigma_rel)
-    if error > 0.1:
-        warnings.warn(
-            f"the average of sigma_rel={sigma_rel} at step {step} is only roughly known: {len(snapshots)} snapshots "
-            f"give its weights with an error of {error:.0%}; take a length nearer to theirs or a step that has one, or "
-            "save them more often",
-            stacklevel=2,
-        )
-    shapes = {trees.name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(template)}
-    total = {name: np.zeros(shape) for name, shape in shapes.items()}
-    coefficient = dict(zip(snapshots, coefficients, strict=True))
-    for snapshot in sorted({at for at, _ in snapshots}):
-        for length, arrays in load(folder, snapshot).items():
-            found = {name: array.shape for name, array in arrays.items()}
-            if found != shapes:
-                name = min(name for name in found.keys() | shapes if found.get(name) != shapes.get(name))
-                raise CheckpointError(
-                    f"{_path(folder, snapshot)} does not fit the model: {name} is {found.get(name, 'missing')}, "
-                    f"the model has {shapes.get(name, 'none')}"
-                )
-            for name, array in arrays.items():
-                total[name] += coefficient[snapshot, length] * array
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: total[trees.name(path)].astype(leaf.dtype), template)
+    target_square = _inner(1.0, g_0, 1.0, g_0)
+    distance = target_square - 2 * coefficients @ target + coefficients @ gram @ coefficients
+    return coefficients, float(np.sqrt(max(0.0, distance / target_square)))

@@ -1,4 +1,4 @@
-"""What the network is told besides x_t and t, as wrappers around `net`; the loss and the samplers know nothing of them.
+"""Conditioning of the network on more than x_t and t. Each part wraps `net`; the loss and the samplers do not change.
 
 net(params, x_t, t, key=None, label=None) -> output        a key means training
 """
@@ -11,52 +11,52 @@ from ddpm_jax.diffusion import clip
 from ddpm_jax.keys import named
 
 
-def label_dropout(net, share, null):
-    """`net` that in training sees the label `null` instead of its own for a `share` of the images.
+def label_dropout(net, rate, null):
+    """`net` that, in training, replaces labels by the label `null` with probability `rate`.
 
-    So it learns to do without (Ho & Salimans 2022, algorithm 1), as `guided` asks of it.
+    This also trains the unconditional network that `guided` needs (Ho & Salimans 2022, algorithm 1).
     """
 
-    def dropped(params, x_t, t, key=None, label=None):
+    def with_dropout(params, x_t, t, key=None, label=None):
         if key is not None:
-            label = jnp.where(jax.random.bernoulli(named(key, "label"), share), null, label)
+            label = jnp.where(jax.random.bernoulli(named(key, "label"), rate), null, label)
         return net(params, x_t, t, key, label)
 
-    return dropped
+    return with_dropout
 
 
 def guided(net, scale, null, low=0.0, high=jnp.inf, channels=None):
     """Classifier-free guidance: output_null + scale (output - output_null) at times from `low` to `high`.
 
-    scale = 1 is the plain conditional network, 0 the one without label; Ho & Salimans 2022, eq. 6, write 1 + w. It is
-    the same for eps, x_0 and v, which are affine in each other. Outside the interval (Kynkaanniemi et al. 2024)
-    scale = 1. What lies beyond the first `channels`, a learned variance, stays that of the label.
+    scale = 1 is the plain conditional network, 0 the unconditional one; Ho & Salimans 2022, eq. 6, write 1 + w. The
+    result is the same for eps, x_0 and v, which are affine in each other. Outside the interval (Kynkaanniemi et al.
+    2024) scale = 1. Channels after the first `channels`, a learned variance, are those of the conditional network.
     """
 
-    def guide(params, x_t, t, key=None, label=None):
-        output, without = (net(params, x_t, t, key, which) for which in (label, null))
-        more = jnp.where((t >= low) & (t <= high), scale, 1.0) - 1
-        return output.at[..., :channels].add(more * (output - without)[..., :channels])
+    def guided_net(params, x_t, t, key=None, label=None):
+        conditional, unconditional = (net(params, x_t, t, key, y) for y in (label, null))
+        extra = jnp.where((t >= low) & (t <= high), scale, 1.0) - 1
+        return conditional.at[..., :channels].add(extra * (conditional - unconditional)[..., :channels])
 
-    return guide
+    return guided_net
 
 
 def self_conditioning(net, schedule, parameterization):
-    """A network for (H, W, C) from one that takes (H, W, 2C): x_t and beside it an estimate of x_0 (Chen et al. 2023).
+    """A network of x_t (H, W, C) from one of (H, W, 2C): x_t concatenated with an estimate of x_0 (Chen et al. 2023).
 
-    The estimate is the network's own x_0_hat given none (zeros); in training it is held constant, and half of the
-    images go without. A sampler has a better one from its last step: samplers.self_conditioned.
+    The estimate is the network's own x_0_hat when given zeros. In training it gets no gradient, and half of the images
+    keep the zeros. A sampler uses the x_0_hat of its previous step instead: samplers.self_conditioned.
     """
 
     def conditioned(params, x_t, t, key=None, label=None):
-        def ask(estimate):
+        def forward(estimate):
             return net(params, jnp.concatenate([x_t, estimate], -1), t, key, label)
 
-        output = ask(jnp.zeros_like(x_t))[..., : x_t.shape[-1]]
+        output = forward(jnp.zeros_like(x_t))[..., : x_t.shape[-1]]
         estimate = clip(parameterization.x_0(output, x_t, schedule.logsnr(t)))
         if key is not None:
-            shown = jax.random.bernoulli(named(key, "self_conditioning"))
-            estimate = jnp.where(shown, lax.stop_gradient(estimate), 0.0)
-        return ask(estimate)
+            use_estimate = jax.random.bernoulli(named(key, "self_conditioning"))
+            estimate = jnp.where(use_estimate, lax.stop_gradient(estimate), 0.0)
+        return forward(estimate)
 
     return conditioned

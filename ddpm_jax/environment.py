@@ -1,4 +1,4 @@
-"""What must stand in the environment before JAX starts; set when the package is imported, and never over the user's."""
+"""Environment variables that must be set before JAX starts. The user's own settings always win."""
 
 import glob
 import os
@@ -8,7 +8,7 @@ YNN_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 MISCOMPILED = ("0.10.2",)  # versions of jaxlib
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")  # of GPUs; they read XLA_FLAGS too
 
-# What libtpu looks for around it, at length, and prints that it did not find; and it lets in one process at a time.
+# With these set, libtpu does not search for a TPU, print that it found none, or refuse a second process.
 WITHOUT_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -18,27 +18,27 @@ WITHOUT_TPU = {
 
 
 def prepare():
-    """Set what the software here needs; XLA reads its flags when JAX first makes an array."""
+    """Set the variables for the installed libraries. XLA reads its flags when JAX creates the first array."""
     _disable_miscompiled_reductions()
     _quiet_libtpu()
 
 
 def tpu_is_attached():
-    """Whether this machine has the device files of a TPU, without which libtpu cannot open one."""
+    """Whether this machine has the device files that libtpu needs to open a TPU."""
     return bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
 
 
 def _disable_miscompiled_reductions():
-    """Keep jaxlib 0.10.2 from fusing sums on a CPU, some of which come out wrong there (jax-ml/jax issue 39103)."""
+    """Turn off the fusion of sums on CPU in jaxlib 0.10.2, which gives some wrong results (jax-ml/jax issue 39103)."""
     flags = os.environ.get("XLA_FLAGS", "")
-    accelerated = tpu_is_attached() or any(util.find_spec(name) for name in PLUGINS)
-    on_cpu = os.environ.get("JAX_PLATFORMS") == "cpu" or not accelerated
+    has_accelerator = tpu_is_attached() or any(util.find_spec(name) for name in PLUGINS)
+    on_cpu = os.environ.get("JAX_PLATFORMS") == "cpu" or not has_accelerator
     if on_cpu and metadata.version("jaxlib") in MISCOMPILED and YNN_FLAG not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {YNN_FLAG}=-reduce".strip()
 
 
 def _quiet_libtpu():
-    """Where libtpu is installed and has no TPU to find, keep it from printing so."""
+    """Silence libtpu where it is installed but no TPU is attached."""
     if util.find_spec("libtpu") and not tpu_is_attached() and "JAX_FORCE_TPU_INIT" not in os.environ:
         for variable, value in WITHOUT_TPU.items():
             os.environ.setdefault(variable, value)

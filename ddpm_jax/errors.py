@@ -1,4 +1,4 @@
-"""Errors that the user can mend: one line each, and the exit code that goes with it."""
+"""Errors that the user can fix, each with a one-line message and an exit code."""
 
 import contextlib
 import io
@@ -6,17 +6,17 @@ import os
 import sys
 import warnings
 
-PREEMPTED = 75  # EX_TEMPFAIL: saved, run the same command again
+PREEMPTED = 75  # EX_TEMPFAIL: saved; run the same command to resume
 INTERRUPTED = 130  # Ctrl-C
 
 
 class UserError(Exception):
-    """What is wrong, where, and what to do, in one line; printed without a traceback."""
+    """One line that says what is wrong, where, and what to do; printed without a traceback."""
 
     exit_code = 1
 
     def __init__(self, text):
-        super().__init__(" ".join(str(text).splitlines()))  # values, names of files and reasons may have several
+        super().__init__(" ".join(str(text).splitlines()))  # values, file names and reasons may contain newlines
 
 
 class ConfigError(UserError):
@@ -38,39 +38,39 @@ class CheckpointError(UserError):
 
 
 class Diverged(UserError):
-    """Training or sampling met values that are not finite and cannot go on."""
+    """Training or sampling produced non-finite values and cannot continue."""
 
     exit_code = 5
 
 
 class OutOfMemory(UserError):
-    """A device has too little memory for what it was given."""
+    """A device does not have enough memory."""
 
     exit_code = 1
 
 
 class LostProcess(UserError):
-    """Another process of the run has ended; the same command, in all of them, goes on from the newest checkpoint."""
+    """Another process of the run has ended. Restart all of them to resume from the newest checkpoint."""
 
     exit_code = PREEMPTED
 
 
 def first_line(error):
-    """What an exception says, in one line."""
+    """The first line of an exception's message."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager
 def writing(where):
-    """A file or folder inside that cannot be written is a ConfigError that names the option `where`."""
+    """Turn an OSError inside into a ConfigError that names the option `where`."""
     try:
         yield
     except OSError as error:
         raise ConfigError(f"cannot write to {where}: {error.strerror or error}") from error
 
 
-class _Unread(io.FileIO):
-    """The file of a stream that perhaps nobody reads: what cannot be written to it is lost."""
+class _DiscardOnError(io.FileIO):
+    """The file of an output stream. Output that cannot be written is dropped without an error."""
 
     def write(self, data):
         try:
@@ -80,16 +80,16 @@ class _Unread(io.FileIO):
 
 
 @contextlib.contextmanager
-def _streams_that_may_fail():
-    """A closed pipe, a full disk or no stdout at all is no reason to end: the work is not done for what is printed."""
+def _tolerant_streams():
+    """Keep running when output fails (closed pipe, full disk, no stdout): results are in files, not on stdout."""
     before = {name: getattr(sys, name) for name in ("stdin", "stdout", "stderr")}
     for name, stream in before.items():
-        if stream is None:  # it was closed: without this a file of ours gets its number, and native code prints into it
+        if stream is None:  # closed: else the next opened file gets its number, and native code prints into that file
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
         elif stream is getattr(sys, f"__{name}__") and name != "stdin":
             with contextlib.suppress(OSError):
                 stream.flush()
-            file = io.BufferedWriter(_Unread(stream.fileno(), "w", closefd=False))
+            file = io.BufferedWriter(_DiscardOnError(stream.fileno(), "w", closefd=False))
             setattr(sys, name, io.TextIOWrapper(file, stream.encoding, stream.errors, line_buffering=True))
     try:
         yield
@@ -101,16 +101,16 @@ def _streams_that_may_fail():
 
 
 def run(main, argv=None):
-    """Call `main(argv)` as a script; return its exit code, a `UserError` becoming one line on stderr.
+    """Call `main(argv)` as a script and return its exit code. A `UserError` is printed as one line on stderr.
 
-    argv: the options, None for those of the program. With `--debug` among them the traceback is shown instead.
+    argv: the options, or None for sys.argv. With `--debug` the traceback is shown instead.
     """
     debug = not {"--debug", "--debug=true"}.isdisjoint(sys.argv[1:] if argv is None else map(str, argv))
 
     def show(message, category, filename, lineno, file=None, line=None):
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
-    with _streams_that_may_fail(), warnings.catch_warnings():
+    with _tolerant_streams(), warnings.catch_warnings():
         if not debug:
             warnings.showwarning = show
         try:

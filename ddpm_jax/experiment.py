@@ -1,9 +1,10 @@
-"""From a Config to the parts of a run. Only this file, runs.py, reports and the scripts see a Config."""
+"""From a Config to the parts of an experiment: schedule, network, loss, training step, sampling."""
 
 import difflib
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,26 +12,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ddpm_jax import (
-    averages,
-    checkpoint,
-    conditioning,
-    diffusion,
-    editing,
-    keys,
-    likelihood,
-    samplers,
-    schedules,
-    training,
-    unet,
-)
+from ddpm_jax import averages, conditioning, diffusion, editing, keys, likelihood, samplers, schedules, training
 from ddpm_jax.config import Config, from_json
-from ddpm_jax.data import Dataset, reorder_classes
 from ddpm_jax.errors import CheckpointError, ConfigError
-from ddpm_jax.files import expand
-from ddpm_jax.log import note
+from ddpm_jax.networks import unet
 from ddpm_jax.options import replace
-from ddpm_jax.schedules.report import warn_of_signal
+from ddpm_jax.run import checkpoint, snapshots
+from ddpm_jax.run.files import expand
+from ddpm_jax.schedules.report import check_terminal_snr
 
 
 class Experiment(NamedTuple):
@@ -39,134 +28,190 @@ class Experiment(NamedTuple):
     schedule: schedules.Schedule
     parameterization: diffusion.Parameterization
     init: Callable  # key -> params
-    net: Callable  # the bare network
-    classes: tuple[str, ...] | None = None  # the names of the labels from 0 on; None where none are kept
-    data: str | None = None  # the fingerprint of the data that it was trained on, where that is known
+    net: Callable  # the network itself
+    image_net: Callable  # the network of x_t (H, W, C), with self-conditioning on its own estimate if configured
+    loss: Callable  # of one image, from diffusion.make_loss
+    learning_rate: Callable  # number of previous updates -> learning rate
+    init_state: Callable  # (params=None) -> TrainState, by default with random parameters
+    train_step: Callable  # (state, batch, root, scale=1.0) -> state, metrics; not yet mapped over devices
+    classes: tuple[str, ...] | None = None  # names of the labels 0, 1, ...; None if unknown
+    data: str | None = None  # fingerprint of the training data; None if unknown
 
 
-def make(config: Config, shape: Sequence[int]) -> Experiment:
-    """The network and the process that `config` describes, for images of `shape` (H, W, C).
+def make(config: Config, shape: Sequence[int], network: tuple[Callable, Callable] | None = None) -> Experiment:
+    """The Experiment that `config` describes, for images of `shape` (H, W, C).
 
-    Raises ConfigError for any name in it that does not exist or that does not go with another, and warns when x_T
-    keeps a part of the image.
+    network: (init, net) of one image, used instead of the U-Net of config.model. Raises ConfigError for unknown or
+    incompatible names in the config, and warns when x_T keeps a part of the image.
     """
-    names, shape = config.diffusion, tuple(shape)
-    _check(config)
+    choices, shape = config.diffusion, tuple(shape)
+    _check_names(config)
     schedule = schedules.make_schedule(
-        names.schedule, names.T, names.betas, names.zero_terminal_snr, max(shape[:2]), names.base_resolution
+        choices.schedule, choices.T, choices.betas, choices.zero_terminal_snr, max(shape[:2]), choices.base_resolution
     )
-    _check_signal(names, schedule)
-    init, net = unet.make_unet(
-        shape, names.variance == "learned", names.self_conditioning, schedule.time_scale, **vars(config.model)
+    _check_signal(choices, schedule)
+    init, net = network or unet.make_unet(
+        shape, choices.variance == "learned", choices.self_conditioning, schedule.time_scale, **vars(config.model)
     )
-    parameterization = diffusion.PARAMETERIZATIONS[names.parameterization]
-    return Experiment(config, shape, schedule, parameterization, init, net)
+    parameterization = diffusion.PARAMETERIZATIONS[choices.parameterization]
+    image_net = net
+    if choices.self_conditioning:
+        image_net = conditioning.self_conditioning(net, schedule, parameterization)
+    loss = _make_loss(config, schedule, parameterization, image_net)
+    training_parts = _make_training(config.train, config.data.flip, choices.time_sampling, init, loss)
+    return Experiment(config, shape, schedule, parameterization, init, net, image_net, loss, *training_parts)
 
 
-def _check(config):
-    names = config.diffusion
+def _make_loss(config, schedule, parameterization, net):
+    choices, parameterization = config.diffusion, diffusion.ERRORS[config.diffusion.error](parameterization)
+    if choices.label_dropout:
+        net = conditioning.label_dropout(net, choices.label_dropout, config.model.num_classes)
+    options = {"distance": diffusion.DISTANCES[choices.distance]}
+    if choices.variance == "learned":
+        options["extra"] = likelihood.make_variance_loss(schedule, parameterization)
+    return diffusion.make_loss(net, schedule, parameterization, diffusion.WEIGHTINGS[choices.weighting], **options)
+
+
+def _make_training(config, flip, time_sampling, init, loss):
+    """(learning_rate, init_state, train_step) of the config's section train."""
+    learning_rate = training.warm_up(config.learning_rate, config.warmup_steps)
+    optimizer = training.make_optimizer(learning_rate, config.grad_clip)
+    options = {"time_sampling": training.TIME_SAMPLINGS[time_sampling], "lengths": config.averages}
+
+    @jax.jit
+    def make_state(key, params):  # a key made in here would be a constant, and XLA would draw while compiling
+        return training.init_state(init(key) if params is None else params, optimizer, **options)
+
+    def init_state(params=None):
+        return make_state(keys.root(config.seed, "init"), params)
+
+    train_step = training.make_train_step(
+        loss, optimizer, config.ema_decay, flip=flip, accumulate=config.accumulate, **options
+    )
+    return learning_rate, init_state, train_step
+
+
+def _check_names(config):
+    choices = config.diffusion
     for table, name, field in (
-        (diffusion.PARAMETERIZATIONS, names.parameterization, "diffusion.parameterization"),
-        (diffusion.WEIGHTINGS, names.weighting, "diffusion.weighting"),
-        (diffusion.VARIANCES, names.variance, "diffusion.variance"),
-        (diffusion.ERRORS, names.error, "diffusion.error"),
-        (diffusion.DISTANCES, names.distance, "diffusion.distance"),
-        (training.TIME_SAMPLINGS, names.time_sampling, "diffusion.time_sampling"),
+        (diffusion.PARAMETERIZATIONS, choices.parameterization, "diffusion.parameterization"),
+        (diffusion.WEIGHTINGS, choices.weighting, "diffusion.weighting"),
+        (diffusion.VARIANCES, choices.variance, "diffusion.variance"),
+        (diffusion.ERRORS, choices.error, "diffusion.error"),
+        (diffusion.DISTANCES, choices.distance, "diffusion.distance"),
+        (training.TIME_SAMPLINGS, choices.time_sampling, "diffusion.time_sampling"),
         (samplers.SAMPLERS, config.train.sampler, "train.sampler"),
         (samplers.SAMPLERS, config.train.evaluate_sampler, "train.evaluate_sampler"),
     ):
         if name not in table:
             raise ConfigError(f"{field}={name} is not one of {', '.join(table)}")
-    if names.error == "output" and names.weighting != "simple":
+    if choices.error == "output" and choices.weighting != "simple":
         raise ConfigError(
-            f"diffusion.weighting={names.weighting} weights the error in eps; diffusion.error=output goes with simple"
+            f"diffusion.weighting={choices.weighting} weights the error in eps; use simple with diffusion.error=output"
         )
-    if names.variance == "learned" and names.schedule in schedules.CURVES:
-        raise ConfigError(f"diffusion.variance=learned needs a discrete schedule, {names.schedule} is continuous")
-    if names.label_dropout and not config.model.num_classes:
-        raise ConfigError(f"diffusion.label_dropout={names.label_dropout}, but model.num_classes=0")
+    if choices.variance == "learned" and choices.schedule in schedules.CURVES:
+        raise ConfigError(f"diffusion.variance=learned needs a discrete schedule, {choices.schedule} is continuous")
+    if choices.label_dropout and not config.model.num_classes:
+        raise ConfigError(f"diffusion.label_dropout={choices.label_dropout}, but model.num_classes=0")
     for length in config.train.averages:
         averages.gamma(length)
 
 
-def _check_signal(names, schedule):
-    """Where x_T is pure noise, eps says nothing of the image and an error in eps weighs nothing."""
+def _check_signal(choices, schedule):
+    """Where x_T is pure noise, predicting eps reveals nothing about the image, and an error in eps has weight 0."""
     if schedule.logsnr(schedule.T) > -float("inf"):
-        warn_of_signal(schedule)
-    elif names.parameterization == "eps" or names.error == "eps":
+        check_terminal_snr(schedule)
+    elif choices.parameterization == "eps" or choices.error == "eps":
         raise ConfigError(
-            f"the schedule leaves no signal at T, where diffusion.parameterization={names.parameterization} with "
-            f"diffusion.error={names.error} teaches nothing; take v or x_0 with diffusion.error=output"
+            f"the schedule leaves no signal at T, where diffusion.parameterization={choices.parameterization} with "
+            f"diffusion.error={choices.error} learns nothing; use v or x_0 with diffusion.error=output"
         )
 
 
-def find(path: str | Path, step: int = 0) -> tuple[Path, int | None]:
-    """(folder of the run, step or None for the newest) from that folder, its folder checkpoints or a step's folder.
+def find_run(path: str | Path, step: int = 0) -> tuple[Path, int | None]:
+    """(folder of the run, step or None for the newest). `path` is that folder, its checkpoints, or one of them.
 
-    Raises CheckpointError when it is none of them, ConfigError when it is the folder of another step than `step`.
+    Raises CheckpointError when it is none of these, and ConfigError when it is a checkpoint of another step.
     """
-    run, steps = expand(path), "checkpoints"
-    if (run / steps).is_dir():
-        return run, step or None
-    run = Path(os.path.abspath(run))
-    if run.name == steps and run.is_dir():
-        return run.parent, step or None
-    if run.parent.name == steps and run.parent.is_dir() and run.name.isdigit():
-        if step not in (0, int(run.name)):
-            raise ConfigError(f"--workdir={path} is another step than --step={step}; leave one of them out")
-        return run.parent.parent, int(run.name)
-    raise CheckpointError(f"there is no run in {path} (no folder {steps}); train first, or see --workdir")
+    folder, checkpoints = expand(path), "checkpoints"
+    if (folder / checkpoints).is_dir():
+        return folder, step or None
+    folder = Path(os.path.abspath(folder))
+    if folder.name == checkpoints and folder.is_dir():
+        return folder.parent, step or None
+    if folder.parent.name == checkpoints and folder.parent.is_dir() and folder.name.isdigit():
+        if step not in (0, int(folder.name)):
+            raise ConfigError(f"--workdir={path} and --step={step} are different steps; leave one of them out")
+        return folder.parent.parent, int(folder.name)
+    raise CheckpointError(f"there is no run in {path} (no folder {checkpoints}); train first, or change --workdir")
 
 
-def restore(workdir: Path, weights: str, step: int | None = None, which: int = 0) -> tuple[Experiment, Any, int]:
-    """(Experiment, parameters, step) of the newest whole checkpoint of a run, or of that of `step`.
+def restore(workdir: Path, weights: str, step: int | None = None, member: int = 0) -> tuple[Experiment, Any, int]:
+    """(Experiment, parameters, step) from the checkpoint of `step`, by default the newest intact one.
 
-    Of an ensemble, they are those of the member `which`.
-
-    weights: "ema", "raw", or the sigma_rel of an average of that length, put together from the stored ones; its step,
-    the last of them when not given, is counted in updates.
+    weights: "ema", "raw", or the sigma_rel of a post-hoc EMA, for which `step` counts updates and is by default that of
+    the last snapshot; member: which member of an ensemble.
     """
     folder = workdir / "checkpoints"
-    parts: Any = None  # the Experiment of the checkpoint that is read
+    parts: Any = None  # the Experiment of the checkpoint
     items = {"ema": ["ema_params"], "raw": ["params"]}.get(weights, [])
     newest = folder / str(step or max(checkpoint.steps(folder), default=0))
     if newest.is_dir() and not all((newest / item).is_dir() for item in items):
         other = "raw" if weights == "ema" else "ema"
         raise CheckpointError(f"{newest} has no {items[0]}; try --weights={other}, or another --step")
 
-    def expect(meta):
+    def make_templates(meta):
         nonlocal parts
-        parts = make(from_json(json.dumps(meta["config"]), f"{folder}, meta"), meta["shape"])
-        classes = meta.get("classes")
+        config, classes = from_json(json.dumps(meta["config"]), f"{folder}, meta"), meta.get("classes")
+        members = config.train.ensemble
+        if member >= members:
+            raise ConfigError(f"--member={member}, but {workdir} has {members} (0 to {members - 1})")
+        parts = make(member_config(config, member), meta["shape"])
         parts = parts._replace(data=meta.get("data"), classes=None if classes is None else tuple(classes))
-        members = parts.config.train.ensemble
-        if which >= members:
-            raise ConfigError(f"--member={which}, but {workdir} has {members} (0 to {members - 1})")
-        one = params_shape(parts)
-        add = (members,) if members > 1 else ()
-        return {item: jax.tree.map(lambda x: jax.ShapeDtypeStruct(add + x.shape, x.dtype), one) for item in items}
+        axis = (members,) if members > 1 else ()
+        template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(axis + x.shape, x.dtype), params_shape(parts))
+        return dict.fromkeys(items, template)
 
-    meta, trees = checkpoint.load(folder, items, expect, step if items else None)
+    meta, trees = checkpoint.load(folder, items, make_templates, step if items else None)
     if items:
         params = trees[items[0]]
-        if parts.config.train.ensemble > 1:
-            parts, params = member(parts, which), jax.tree.map(lambda x: x[which], params)
+        if meta["config"]["train"].get("ensemble", 1) > 1:
+            params = jax.tree.map(lambda x: x[member], params)
         return parts, params, meta["step"]
-    template = params_shape(parts)
-    step = step or averages.stored(workdir / "averages")[-1][0]
-    return parts, averages.reconstruct(workdir / "averages", template, float(weights), step), step
+    step = step or snapshots.stored(workdir / "averages")[-1][0]
+    return parts, posthoc_ema(workdir / "averages", params_shape(parts), float(weights), step), step
 
 
-def member(experiment: Experiment, i: int) -> Experiment:
-    """The Experiment that member `i` of an ensemble is by itself."""
-    train = experiment.config.train
+def posthoc_ema(folder: Path, template: Any, sigma_rel: float, step: int | None = None) -> Any:
+    """The average of length `sigma_rel` at `step` (default: that of the last snapshot), a tree like `template`.
+
+    Warns when the stored snapshots approximate its weights with an error above 10 %. Raises ConfigError for a length or
+    step out of range, CheckpointError when there is no intact snapshot or one does not fit the template.
+    """
+    found = snapshots.stored(folder)
+    step = found[-1][0] if step is None else step
+    coefficients, error = averages.posthoc_coefficients(found, step, sigma_rel)
+    if error > 0.1:
+        warnings.warn(
+            f"the average of sigma_rel={sigma_rel} at step {step} is only approximate: {len(found)} snapshots give its "
+            f"weights with an error of {error:.0%}; use a closer length or step, or a lower train.average_every",
+            stacklevel=2,
+        )
+    return snapshots.combine(folder, dict(zip(found, coefficients, strict=True)), template)
+
+
+def member_config(config: Config, i: int) -> Config:
+    """The Config that trains member `i` of an ensemble alone; `config` itself when there is no ensemble."""
+    train = config.train
+    if train.ensemble == 1:
+        return config
     own = {"learning_rate": train.learning_rates[i]} if train.learning_rates else {"seed": train.seed + i}
     changes = {f"train.{name}": value for name, value in {"ensemble": 1, "learning_rates": (), **own}.items()}
-    return experiment._replace(config=replace(experiment.config, changes))
+    return replace(config, changes)
 
 
 def params_shape(experiment: Experiment) -> Any:
-    """The tree of the parameters' shapes and types, as jax.ShapeDtypeStruct, without computing them."""
+    """The tree of the parameters as jax.ShapeDtypeStruct, without computing them."""
     return jax.eval_shape(experiment.init, jax.random.key(0))
 
 
@@ -174,111 +219,39 @@ def parameter_count(experiment: Experiment) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params_shape(experiment)))
 
 
-def with_labels(dataset: Dataset, num_classes: int) -> Dataset:
-    """The data set with labels if the model has classes, and without if not."""
-    if not num_classes:
-        return dataset._replace(labels=None, classes=())
-    if dataset.labels is None:
-        raise ConfigError(f"model.num_classes={num_classes}, but the data have no labels; set it to 0")
-    if dataset.labels.max() >= num_classes or dataset.labels.min() < 0:
-        low, high = dataset.labels.min(), dataset.labels.max()
-        raise ConfigError(f"model.num_classes={num_classes}, but labels run from {low} to {high}")
-    return dataset
-
-
-def with_labels_of_run(dataset: Dataset, source: str, data: str | None, classes: Sequence[str] | None) -> Dataset:
-    """The Dataset of a data.source with its labels counted as in a run with that fingerprint and those class names.
-
-    A run from before the names were kept has those of a folder in byte order.
-    """
-    if classes is None and data and source.startswith("folder:"):
-        classes = sorted(dataset.classes, key=os.fsencode)
-    found = reorder_classes(dataset, classes or ())
-    if found.classes != dataset.classes:
-        note(f"the run counts its labels otherwise: {', '.join(found.classes[:5])}{', ...' * (len(found.classes) > 5)}")
-    return found
-
-
 def find_label(experiment: Experiment, wanted: str) -> int:
-    """The label that is meant by a number or by the name of a class, also spelled name:NAME.
+    """The label for a number or for the name of a class, which may be written name:NAME.
 
-    Raises ConfigError for none, and for a number that is the name of another class.
+    Raises ConfigError for an unknown label, and for a number that is also the name of another class.
     """
     count, names = experiment.config.model.num_classes, list(experiment.classes or ())
     if not count:
         raise ConfigError(f"label={wanted}, but the model has no labels")
     name = wanted.removeprefix("name:")
-    named = names.index(name) if name in names else None
+    by_name = names.index(name) if name in names else None
     if name != wanted or not re.fullmatch("[+-]?[0-9]{1,9}", wanted):
-        if named is None:
-            meant = "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(name, names, 1))
-            known = (
-                f"has the classes {', '.join(names[:10])}{', ...' * (len(names) > 10)}" if names else "keeps no names"
-            )
-            raise ConfigError(f"label={wanted}, but the run {known}; its labels are 0 to {count - 1}{meant}")
-        return named
+        if by_name is None:
+            hint = "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(name, names, 1))
+            listed = ", ".join(names[:10]) + ", ..." * (len(names) > 10)
+            known = f"has the classes {listed}" if names else "has no class names"
+            raise ConfigError(f"label={wanted}, but the run {known}; its labels are 0 to {count - 1}{hint}")
+        return by_name
     number = int(wanted)
     if not 0 <= number < count:
         raise ConfigError(f"label={wanted}, but the model has labels 0 to {count - 1}")
-    if named not in (None, number):
+    if by_name not in (None, number):
         other = names[number] if number < len(names) else ""
         raise ConfigError(
-            f"label={wanted} is the number of class {other!r}, but there is a class of that name, number {named}; "
-            f"say label=name:{other} or label=name:{wanted}"
+            f"label={wanted} is the number of class {other!r} and the name of class number {by_name}; "
+            f"write label=name:{other} or label=name:{wanted}"
         )
     return number
 
 
-def labels_in_turn(experiment: Experiment, indices: np.ndarray) -> np.ndarray | None:
-    """A class for each index, all classes in turn; None for a model without."""
+def cyclic_labels(experiment: Experiment, indices: np.ndarray) -> np.ndarray | None:
+    """Labels that cycle through all classes, one for each index; None for a model without classes."""
     classes = experiment.config.model.num_classes
     return indices % classes if classes else None
-
-
-def learning_rate(experiment: Experiment) -> Callable:
-    """The learning rate as a function of the number of updates made before."""
-    return training.warm_up(experiment.config.train.learning_rate, experiment.config.train.warmup_steps)
-
-
-def image_net(experiment: Experiment) -> Callable:
-    """The network of (H, W, C), one that conditions on itself asking itself first."""
-    if not experiment.config.diffusion.self_conditioning:
-        return experiment.net
-    return conditioning.self_conditioning(experiment.net, experiment.schedule, experiment.parameterization)
-
-
-def make_training(experiment: Experiment) -> tuple[Callable, Callable]:
-    """(init_state, train_step): init_state(params=None) -> TrainState, of random parameters unless they are given.
-
-    train_step is still to be mapped over devices.
-    """
-    config, names, schedule = experiment.config, experiment.config.diffusion, experiment.schedule
-    optimizer = training.make_optimizer(learning_rate(experiment), config.train.grad_clip)
-    parameterization = diffusion.ERRORS[names.error](experiment.parameterization)
-    net = image_net(experiment)
-    if names.label_dropout:
-        net = conditioning.label_dropout(net, names.label_dropout, config.model.num_classes)
-    options = {"distance": diffusion.DISTANCES[names.distance]}
-    if names.variance == "learned":
-        options["extra"] = likelihood.make_variance_loss(schedule, parameterization)
-    loss = diffusion.make_loss(net, schedule, parameterization, diffusion.WEIGHTINGS[names.weighting], **options)
-    time_sampling = training.TIME_SAMPLINGS[names.time_sampling]
-    step = training.make_train_step(
-        loss,
-        optimizer,
-        config.train.ema_decay,
-        flip=config.data.flip,
-        accumulate=config.train.accumulate,
-        time_sampling=time_sampling,
-        lengths=config.train.averages,
-    )
-    root = keys.root(config.train.seed, "init")
-
-    def init_state(params=None):
-        params = experiment.init(root) if params is None else params
-        return training.init_state(params, optimizer, time_sampling, config.train.averages)
-
-    return jax.jit(init_state), step
 
 
 def make_generate(
@@ -294,33 +267,24 @@ def make_generate(
     edit=None,
     **options,
 ):
-    """`samplers.make_generate` with this experiment's network and variance; `options` are the sampler's own.
+    """`samplers.make_generate` with this experiment's network and variance; `options` are those of the sampler.
 
     preview: the frames show x_0_hat instead of x_t; limit: a name in diffusion.LIMITS; guidance, interval: the scale
-    and the times of classifier-free guidance; edit: (sampler, times) -> (sampler, times, start) of another start or way
-    than from pure noise.
+    and the times of classifier-free guidance; edit: see editing.py, by default sampling from pure noise.
     """
-    names, schedule, net = experiment.config.diffusion, experiment.schedule, experiment.net
+    choices, schedule = experiment.config.diffusion, experiment.schedule
     if limit not in diffusion.LIMITS:
         raise ConfigError(f"limit={limit} is not one of {', '.join(diffusion.LIMITS)}")
-    if options.get("variance") == "learned" != names.variance:
-        raise ConfigError("variance=learned, but the model has not learned one")
-    if interval and (guidance == 1 or not 0 <= interval[0] <= interval[1] <= schedule.T):
-        raise ConfigError(
-            f"interval={interval[0]:g},{interval[1]:g} needs guidance, and 0 <= LOW <= HIGH <= {schedule.T:g}"
-        )
-    if guidance != 1:
-        if not names.label_dropout:
-            raise ConfigError(f"guidance={guidance:g} needs a model trained with diffusion.label_dropout")
-        null, channels = experiment.config.model.num_classes, experiment.shape[-1]
-        net = conditioning.guided(net, guidance, null, *interval, channels=channels)
-    sampler = samplers.make_sampler(sampler, schedule, {"variance": names.variance}, **options)
-    make_denoiser = diffusion.make_denoiser_with_variance if sampler.asks_variance else diffusion.make_denoiser
+    if options.get("variance") == "learned" != choices.variance:
+        raise ConfigError("variance=learned, but the model was trained without a learned variance")
+    net = _guided_net(experiment, guidance, interval)
+    sampler = samplers.make_sampler(sampler, schedule, {"variance": choices.variance}, **options)
+    make_denoiser = diffusion.make_denoiser_with_variance if sampler.needs_variance else diffusion.make_denoiser
 
     def denoiser(params, label):
         return make_denoiser(net, schedule, experiment.parameterization, params, label, diffusion.LIMITS[limit])
 
-    if names.self_conditioning:
+    if choices.self_conditioning:
         sampler = samplers.self_conditioned(sampler)
     elif preview:
         sampler = samplers.with_preview(sampler)
@@ -328,3 +292,16 @@ def make_generate(
     sampler, times, start = (edit or editing.from_noise(schedule, experiment.shape))(sampler, times)
     view = (lambda x, memory: memory[1]) if preview else (lambda x, memory: x)
     return samplers.make_generate(denoiser, sampler, times, start, frames, view)
+
+
+def _guided_net(experiment, scale, interval):
+    """The experiment's network with classifier-free guidance of that scale at the times of the interval."""
+    T = experiment.schedule.T
+    if interval and (scale == 1 or not 0 <= interval[0] <= interval[1] <= T):
+        raise ConfigError(f"interval={interval[0]:g},{interval[1]:g} needs guidance, and 0 <= LOW <= HIGH <= {T:g}")
+    if scale == 1:
+        return experiment.net
+    if not experiment.config.diffusion.label_dropout:
+        raise ConfigError(f"guidance={scale:g} needs a model trained with diffusion.label_dropout")
+    null, channels = experiment.config.model.num_classes, experiment.shape[-1]
+    return conditioning.guided(experiment.net, scale, null, *interval, channels=channels)

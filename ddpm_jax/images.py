@@ -1,28 +1,21 @@
-"""Pictures: [-1, 1] and uint8, grids, PNG and GIF."""
+"""uint8 arrays as image grids, PNG and GIF."""
 
 import io
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from ddpm_jax.files import write_atomic
+from ddpm_jax.run.files import write_atomic
 
 
-def to_unit(image) -> jax.Array:
-    """uint8 0..255 to float32 in [-1, 1] (Ho et al. 2020, section 3.3)."""
-    return jnp.asarray(image, jnp.float32) / 127.5 - 1
-
-
-def to_uint8(x) -> jax.Array:
-    """[-1, 1] to uint8 by rounding to the nearest level; values outside are clipped, never wrapped."""
-    return jnp.clip(jnp.round((x + 1) * 127.5), 0, 255).astype(jnp.uint8)
+def evenly_spaced(count: int, num: int) -> np.ndarray:
+    """Indices of at most `num` of `count` items, evenly spaced, with the first and last."""
+    return np.linspace(0, count - 1, min(count, num)).astype(int)
 
 
 def grid(images, columns: int | None = None, gap: int = 2) -> np.ndarray:
-    """uint8 (N, H, W, C) as one picture (H', W', C), row by row, small images enlarged by a whole factor."""
+    """uint8 (N, H, W, C) as one grid (H', W', C), filled row by row. Small images are enlarged by an integer factor."""
     images = np.asarray(images)
     n, height, width, channels = images.shape
     zoom = max(1, 64 // max(height, width))
@@ -36,7 +29,7 @@ def grid(images, columns: int | None = None, gap: int = 2) -> np.ndarray:
 
 
 def to_pillow(image: np.ndarray) -> Image.Image:
-    """uint8 (H, W, C), C = 1 or 3, as a Pillow image, which a notebook shows."""
+    """uint8 (H, W, C), C = 1 or 3, as a Pillow image, which notebooks display."""
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
@@ -48,11 +41,11 @@ def save_png(path: str | Path, image: np.ndarray) -> None:
 
 
 def encode_gif(frames, seconds=3.0, hold=1.5) -> bytes:
-    """uint8 (F, H, W, C) as an endless GIF of `seconds`, the last frame held for `hold` seconds more; its bytes."""
+    """The bytes of a looping GIF of uint8 (F, H, W, C): `seconds` long, plus `hold` seconds on the last frame."""
     pictures = [to_pillow(frame) for frame in frames]
-    each = int(1000 * seconds / len(pictures))
+    frame_ms = int(1000 * seconds / len(pictures))
     buffer = io.BytesIO()
-    durations = [each] * (len(pictures) - 1) + [each + int(1000 * hold)]
+    durations = [frame_ms] * (len(pictures) - 1) + [frame_ms + int(1000 * hold)]
     pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
     return buffer.getvalue()
 

@@ -1,7 +1,7 @@
-"""Random keys by name, so that every draw is a function of (seed, name, step, index of the image).
+"""Named random keys: every random number is a function of (seed, name, step, index of the image).
 
-No key is split, carried or saved: a resumed run makes the same draws, and image i of a seed is the same picture in
-any batch and on any number of devices, to one grey level: the noise is the same, and the network rounds differently.
+No key is split, carried or saved. A resumed run therefore draws the same numbers. Image i of a seed has the same noise
+in any batch and on any number of devices, so it is the same image, to one grey level (the network's rounding differs).
 """
 
 import zlib
@@ -10,11 +10,11 @@ import jax
 
 
 def named(key: jax.Array, name: str) -> jax.Array:
-    """The key of the stream `name` under `key`; a new name changes no other stream."""
+    """The key of the stream `name` under `key`. Adding a stream does not change the others."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def root(seed: int, name: str) -> jax.Array:
-    """The key from which everything called `name` ("init", "train", "sample") is drawn in a run."""
-    # Threefry also where JAX_DEFAULT_PRNG_IMPL says rbg, under which all images of a vmap are drawn from the first key.
+    """The root key of the stream `name` ("init", "train" or "sample") of a run."""
+    # Always Threefry: with rbg (JAX_DEFAULT_PRNG_IMPL) vmap would draw the numbers of all images from the first key.
     return named(jax.random.key(seed, impl="threefry2x32"), name)

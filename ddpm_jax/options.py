@@ -1,7 +1,6 @@
-"""Dataclasses as options: a default, a meaning and rules for each field, read from text and checked once.
+"""Options as dataclasses: each field has a default, a help text and rules; values are read from text and checked.
 
-The command line, JSON and Python all end in the same dataclasses, so they pass the same checks and raise
-`ConfigError` with the name, the value and the rule.
+Values from the command line, JSON and Python pass the same checks. ConfigError gives the name, the value and the rule.
 """
 
 import argparse
@@ -17,12 +16,12 @@ from ddpm_jax.errors import ConfigError
 
 
 def option(default, help, *rules):
-    """A dataclass field with its meaning and its rules, each a pair (text, test of the value)."""
+    """A dataclass field with its help text and its rules, each a pair (text, predicate)."""
     return dataclasses.field(default=default, metadata={"help": help, "rules": rules})
 
 
 def same_as(cls, name):
-    """The field that the dataclass `cls` has under that name, with its default, meaning and rules."""
+    """A copy of the field `name` of the dataclass `cls`: its default, help text and rules."""
     field = cls.__dataclass_fields__[name]
     return dataclasses.field(default=field.default, metadata=field.metadata)
 
@@ -39,7 +38,7 @@ def below(high):
     return f"below {high}", lambda value: value < high
 
 
-def each(rule):
+def all_of(rule):
     return f"a list, each {rule[0]}", lambda values: all(rule[1](value) for value in values)
 
 
@@ -48,32 +47,43 @@ def one_of(*choices):
 
 
 finite = ("finite", math.isfinite)
-which_weights = "ema, raw or a number", lambda value: value in ("ema", "raw") or parses(float, value)
+
+# Options that several scripts have, declared as in `step: int = option(*STEP)`.
+STEP = 0, "step of the checkpoint; 0 for the newest", at_least(0)
+WEIGHTS = (
+    "ema",
+    "ema (averaged), raw (plain parameters), or the length (sigma_rel) of a post-hoc average",
+    ("ema, raw or a number", lambda value: value in ("ema", "raw") or parses(float, value)),
+)
+MEMBER = 0, "index of the run in an ensemble", at_least(0)
+PLATFORM = "auto", "what to run on", one_of("auto", "cpu", "gpu", "tpu")
+CPU_DEVICES = 0, "number of devices that a CPU is split into; 0 for at most one per core", at_least(0)
+DEBUG = False, "show tracebacks"
 
 
 class Section:
-    """Checks types and rules of its fields when made, wherever the values come from."""
+    """A group of options. Creating one checks the types and rules of its fields."""
 
     def __post_init__(self):
         for field, kind in fields(type(self)):
             value, name = getattr(self, field.name), self._name_of(field)
-            told = to_text(value)
-            told = f"{name}={told if len(told) <= 80 else told[:77] + '...'}"
+            text = to_text(value)
+            text = f"{name}={text if len(text) <= 80 else text[:77] + '...'}"
             if not _is_a(kind, value):
-                raise ConfigError(f"{told} is not {_describe(kind)}")
-            for text, holds in field.metadata.get("rules", ()):
-                if not holds(value):
-                    raise ConfigError(f"{told} must be {text}")
+                raise ConfigError(f"{text} is not {_describe(kind)}")
+            for rule, is_valid in field.metadata.get("rules", ()):
+                if not is_valid(value):
+                    raise ConfigError(f"{text} must be {rule}")
 
     def _name_of(self, field):
         return f"{type(self).__name__.lower()}.{field.name}"
 
 
 class Arguments(Section):
-    """The options of a script."""
+    """The options of a command."""
 
     def _name_of(self, field):
-        return _spelled("--" + field.name)
+        return _normalized("--" + field.name)
 
 
 def fields(cls):
@@ -103,7 +113,7 @@ def _describe(kind):
 
 
 def to_text(value):
-    """A value as it is written on the command line."""
+    """A value in the notation of the command line."""
     if isinstance(value, (tuple, list)):
         return ",".join(map(to_text, value))
     if isinstance(value, bool):
@@ -112,7 +122,7 @@ def to_text(value):
 
 
 def from_text(kind, text, name):
-    """The value of type `kind` that `text` stands for; ConfigError with the option's `name` when it stands for none."""
+    """`text` as a value of type `kind`. Raises ConfigError with the option's `name` when it is not one."""
     if isinstance(kind, types.UnionType):
         for part in typing.get_args(kind):
             if part is not types.NoneType and (part is str or parses(part, text)):
@@ -134,7 +144,7 @@ def from_text(kind, text, name):
 
 
 def parses(kind, text):
-    """Whether `text` stands for a value of type `kind`."""
+    """Whether `text` can be read as a value of type `kind`."""
     try:
         from_text(kind, text, "")
     except ConfigError:
@@ -143,7 +153,7 @@ def parses(kind, text):
 
 
 def leaves(cls, value, prefix=""):
-    """(dotted name, field, type, value) of every plain field below the dataclass instance `value`."""
+    """(dotted name, field, type, value) of every leaf field of the nested dataclass instance `value`."""
     for field, kind in fields(cls):
         name, part = prefix + field.name, getattr(value, field.name)
         if dataclasses.is_dataclass(kind):
@@ -153,27 +163,27 @@ def leaves(cls, value, prefix=""):
 
 
 def replace(value, changes):
-    """`value` with the fields of the dotted names in `changes` replaced."""
-    here = {name: new for name, new in changes.items() if "." not in name}
-    for name in {name.split(".")[0] for name in changes if "." in name}:
-        below = {key[len(name) + 1 :]: new for key, new in changes.items() if key.startswith(name + ".")}
-        here[name] = replace(getattr(value, name), below)
-    return dataclasses.replace(value, **here)
+    """A copy of the nested dataclass `value` with `changes`, a dict from dotted names to new values."""
+    own = {name: new for name, new in changes.items() if "." not in name}
+    for section in {name.split(".")[0] for name in changes if "." in name}:
+        nested = {name[len(section) + 1 :]: new for name, new in changes.items() if name.startswith(section + ".")}
+        own[section] = replace(getattr(value, section), nested)
+    return dataclasses.replace(value, **own)
 
 
-def nearest(name, known):
-    """The one of `known` that is nearly `name`, by its last part or its initials (lr), in a list; or an empty list.
+def closest(name, known):
+    """A list of the one name in `known` that resembles `name`, or an empty list.
 
-    One of the same section goes before all others.
+    Compared are the last parts of dotted names and their initials (lr). Names in the same section have priority.
     """
     section, _, last = name.replace("-", "_").rpartition(".")
-    for names in ([full for full in known if full.rpartition(".")[0] == section], known):
-        ends = {full.split(".")[-1]: full for full in names}
-        shortest_last = sorted((end for end in ends if end[0] == last[:1]), key=len, reverse=True)
-        initials = {"".join(word[:1] for word in end.split("_")): ends[end] for end in shortest_last}
-        near = difflib.get_close_matches(last, ends, 1, 0.75) or difflib.get_close_matches(last, initials, 1, 0.75)
-        if near:
-            return [(initials | ends)[near[0]]]
+    for candidates in ([full for full in known if full.rpartition(".")[0] == section], known):
+        by_last = {full.split(".")[-1]: full for full in candidates}
+        longest_first = sorted((part for part in by_last if part[0] == last[:1]), key=len, reverse=True)
+        by_initials = {"".join(word[:1] for word in part.split("_")): by_last[part] for part in longest_first}
+        for table in (by_last, by_initials):
+            if found := difflib.get_close_matches(last, table, 1, 0.75):
+                return [table[found[0]]]
     return []
 
 
@@ -182,68 +192,72 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see python {self.prog} --help")
 
 
-def words(argv=None):
-    """The options that a command is given, as text: those of the program where `argv` is None."""
+def command_line(argv=None):
+    """The arguments of a command as a list of strings; those in sys.argv when `argv` is None."""
     if isinstance(argv, str):
-        raise ConfigError(f"options are a list, such as ['--num=3', '--seed=1'], not the one text {argv!r}")
+        raise ConfigError(f"options must be a list, such as ['--num=3', '--seed=1'], not the string {argv!r}")
     return list(map(str, sys.argv[1:] if argv is None else argv))
 
 
-def first_named(words, *names):
-    """`words` with the first ones, as long as they are no options, written as the options `names`: --workdir=RUN."""
+def _positional_to_options(words, names):
+    """`words` with the leading ones that are not options as values of the options `names`: --workdir=RUN."""
     first = list(itertools.takewhile(lambda word: word[:1] != "-", words))[: len(names)]
     return [f"--{name}={word}" for name, word in zip(names, first, strict=False)] + words[len(first) :]
 
 
-def parse(cls, argv, prog, description, load=None):
-    """The command line `argv`, see `words`, as an instance of the dataclass `cls`.
+def parse(cls, argv, prog, description, load=None, positional=()):
+    """The command line `argv`, see `command_line`, as an instance of the dataclass `cls`.
 
     With `load`, the field `config` is what `load` makes of the file named by `--config=FILE` (the field `config_file`),
-    then changed by `--config.a.b=value`. `_` and `-` are the same in an option's name. Every fault is a `ConfigError`.
+    then changed by `--config.a.b=value`. `positional` names the options whose values may come first without a name.
+    `_` and `-` are the same in an option's name. Every fault is a `ConfigError`.
     """
-    argv = [_spelled(word) for word in words(argv)]
-    parser = _Parser(prog, description=description, allow_abbrev=False, formatter_class=argparse.HelpFormatter)
+    argv = [_normalized(word) for word in _positional_to_options(command_line(argv), positional)]
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog, description=description, allow_abbrev=False, formatter_class=formatter)
     default = cls()
     if load:
-        first = _Parser(prog, add_help=False, allow_abbrev=False)
-        first.add_argument("--config", default=cls.config_file)
-        asked = _text(first.parse_known_args(argv)[0].config)
+        file_parser = _Parser(prog, add_help=False, allow_abbrev=False)
+        file_parser.add_argument("--config", default=cls.config_file)
+        file = _text(file_parser.parse_known_args(argv)[0].config)
         parser.add_argument("--config", metavar="FILE", help=f"the experiment (default: {cls.config_file})")
-        default = dataclasses.replace(default, config=load(asked), config_file=asked)
-    known = {}
-    for name, field, kind, value in leaves(cls, default):
-        if "help" not in field.metadata:
-            continue
-        known[name] = kind
-        text = to_text(value)
-        parser.add_argument(
-            _spelled("--" + name),
-            dest=name,
-            metavar=_metavar(kind),
-            nargs="?" if kind is bool else None,
-            const="true" if kind is bool else None,
-            default=argparse.SUPPRESS,
-            help=field.metadata["help"].replace("%", "%%") + (f" (default: {text})" if text else ""),
-        )
-    given, rest = parser.parse_known_args(argv)
-    for word in rest:
-        name = word.split("=")[0].lstrip("-")
+        default = dataclasses.replace(default, config=load(file), config_file=file)
+    known = _add_options(parser, cls, default)
+    given, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        name = word.split("=")[0]
         if not word.startswith("--"):
             raise ConfigError(f"unexpected argument {word!r}; options are written --name=value")
-        meant = "".join(f"; did you mean {_spelled('--' + near)}?" for near in nearest(name, known))
-        raise ConfigError(f"unknown option {word.split('=')[0]}{meant}")
-    changes = {
-        name: from_text(known[name], _text(text), "--" + name) for name, text in vars(given).items() if name != "config"
-    }
-    return replace(default, changes)
+        hint = "".join(f"; did you mean {_normalized('--' + near)}?" for near in closest(name.lstrip("-"), known))
+        raise ConfigError(f"unknown option {name}{hint}")
+    texts = {name: _text(text) for name, text in vars(given).items() if name != "config"}
+    return replace(default, {name: from_text(known[name], text, "--" + name) for name, text in texts.items()})
 
 
-def _text(given):
-    return "--" if given == [] else given  # which is how argparse before Python 3.13 gives a value of two dashes
+def _add_options(parser, cls, default):
+    """Add an option for every field with a help text; return {dotted name: type}."""
+    kinds = {}
+    for name, field, kind, value in leaves(cls, default):
+        if "help" in field.metadata:
+            kinds[name], text = kind, to_text(value)
+            parser.add_argument(
+                _normalized("--" + name),
+                dest=name,
+                metavar=_metavar(kind),
+                nargs="?" if kind is bool else None,
+                const="true" if kind is bool else None,
+                default=argparse.SUPPRESS,
+                help=field.metadata["help"].replace("%", "%%") + (f" (default: {text})" if text else ""),
+            )
+    return kinds
 
 
-def _spelled(word):
-    """An option as --top-level-name or --config.section.field_name, whichever of - and _ was written."""
+def _text(value):
+    return "--" if value == [] else value  # before Python 3.13, argparse parses the value "--" as []
+
+
+def _normalized(word):
+    """An option as --top-level-name or --config.section.field_name, with - and _ where they belong."""
     name, equals, value = word.partition("=")
     if not name.startswith("--"):
         return word
@@ -255,5 +269,5 @@ def _metavar(kind):
     if isinstance(kind, types.UnionType):
         kind = typing.get_args(kind)[0]
     if typing.get_origin(kind) is tuple:
-        return "N,N"
+        return ",".join([_metavar(typing.get_args(kind)[0])] * 2)
     return {int: "N", float: "X", bool: "true|false", str: "TEXT"}[kind]

@@ -1,6 +1,7 @@
-"""The compiled programs of a run: training on all devices, or an ensemble's on one each; sampling."""
+"""The compiled programs of a run: training one model or an ensemble over all devices, and sampling."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -12,97 +13,96 @@ from ddpm_jax.experiment import Experiment
 
 
 class Program(NamedTuple):
-    """`again` counts the roll-backs so far, 0 when not given: after each, batches and draws are others."""
+    """Training as four functions. `rollbacks` is their number so far; each one changes the batches and random keys."""
 
     init_state: Callable  # () -> state, on the host's default device
-    place: Callable  # state -> the same lying on the devices as `step` returns it
-    batches: Callable  # (range of steps, again) -> what `step` takes of them, on the host
-    step: Callable  # (state, batches, again) -> state, metrics with an axis of steps
+    place: Callable  # state -> state with the layout on the devices that `step` returns
+    batches: Callable  # (range of steps, rollbacks=0) -> batches for `step`, on the host
+    step: Callable  # (state, batches, rollbacks=0) -> state, metrics with a leading axis of steps
 
 
 def make(parts: Experiment, dataset: data.Dataset) -> Program:
-    """The Program of an Experiment on a Dataset."""
+    """The Program that trains an Experiment on a Dataset."""
     return _ensemble(parts, dataset) if parts.config.train.ensemble > 1 else _single(parts, dataset)
 
 
 def _single(parts, dataset):
-    """Every device has the same state and its share of every batch."""
-    config, (init_state, train_step) = parts.config.train, experiment.make_training(parts)
-    rows, step = parallel.local_rows(config.batch_size), parallel.pmap_step(training.several_steps(train_step))
+    """Data parallelism: every device has a copy of the state and its part of every batch."""
+    config = parts.config.train
+    rows, mapped = parallel.local_rows(config.batch_size), parallel.pmap_step(training.scan_steps(parts.train_step))
 
-    def batches(steps, again=0):
-        made = (data.batch(dataset, config.seed, step, config.batch_size, rows, again) for step in steps)
-        return _stack(map(parallel.shard, made), 1)
+    def batches(steps, rollbacks=0):
+        found = (data.batch(dataset, config.seed, step, config.batch_size, rows, rollbacks) for step in steps)
+        return _stack(map(parallel.shard, found), 1)
 
-    def all_steps(state, batches, again=0):
-        return step(state, batches, _root(config.seed, again))
+    def step(state, batches, rollbacks=0):
+        return mapped(state, batches, _train_key(config.seed, rollbacks))
 
-    return Program(init_state, parallel.replicate, batches, all_steps)
+    return Program(parts.init_state, parallel.replicate, batches, step)
 
 
 def _ensemble(parts, dataset):
-    """Every device has some members, and each member is the run that it would be alone: its own state, batches, draws.
+    """Every device trains some members. Each has its own state, batches and random keys, as if it were trained alone.
 
-    All arrays have the members in front. Metrics are means over them, counters the largest; the loss is also told of
-    each.
+    All arrays have a leading axis of members. Metrics are averaged over it, counters are maxima, and the loss is also
+    reported for each member.
     """
-    config, (init_state, train_step) = parts.config.train, experiment.make_training(parts)
-    members = [experiment.member(parts, i).config.train for i in range(config.ensemble)]
+    config = parts.config.train
+    members = [experiment.member_config(parts.config, i).train for i in range(config.ensemble)]
     seeds = [member.seed for member in members]
     scales = np.float32([member.learning_rate for member in members]) / np.float32(config.learning_rate)
-    spread, place = parallel.spread(training.steps_of_members(train_step), config.ensemble)
+    train_members, place = parallel.shard_members(training.ensemble_steps(parts.train_step), config.ensemble)
 
-    def step(state, batches, roots):
-        state, metrics = spread(state, batches, roots, scales)
-        each = {f"loss_member_{i}": loss for i, loss in enumerate(metrics["loss"])}
-        return state, each | {
+    @partial(jax.jit, donate_argnums=0)
+    def train(state, batches, roots):
+        state, metrics = train_members(state, batches, roots, scales)
+        losses = {f"loss_member_{i}": loss for i, loss in enumerate(metrics["loss"])}
+        return state, losses | {
             name: jnp.mean(values, 0) if jnp.issubdtype(values.dtype, jnp.floating) else jnp.max(values, 0)
             for name, values in metrics.items()
         }
 
-    step = jax.jit(step, donate_argnums=0)
+    def batches(steps, rollbacks=0):
+        def member_batches(seed):
+            return _stack(data.batch(dataset, seed, step, config.batch_size, rollbacks=rollbacks) for step in steps)
 
-    def batches(steps, again=0):
-        made = (
-            _stack(data.batch(dataset, seed, step, config.batch_size, again=again) for step in steps) for seed in seeds
-        )
-        return _stack(made)
+        return _stack(map(member_batches, seeds))
 
-    def all_steps(state, batches, again=0):
-        return step(state, batches, jnp.stack([_root(seed, again) for seed in seeds]))
+    def step(state, batches, rollbacks=0):
+        return train(state, batches, jnp.stack([_train_key(seed, rollbacks) for seed in seeds]))
 
+    @jax.jit
     def init_states():
         params = jax.vmap(parts.init)(jnp.stack([keys.root(seed, "init") for seed in seeds]))
-        return jax.vmap(init_state)(params)
+        return jax.vmap(parts.init_state)(params)
 
-    return Program(jax.jit(init_states), place, batches, all_steps)
+    return Program(init_states, place, batches, step)
 
 
 def make_draw(parts: Experiment, sampler: str, steps: int, *args, **options) -> Callable:
     """draw(params, num, seed=0, labels=None, batch_size=64, start=0): images `start` to `num` of a seed, in batches.
 
-    Arrays uint8 (b, frames, H, W, C), a sample and the way to it; a model with classes is given them in turn where
-    there are no labels. The arguments are those of experiment.make_generate. Raises Diverged when a picture is not
-    finite.
+    Batches are uint8 (b, frames, H, W, C); the last frame is the sample. Without labels, a class-conditional model
+    cycles through its classes. Arguments: see experiment.make_generate. Raises Diverged for a non-finite image.
     """
     generate = parallel.pmap_generate(experiment.make_generate(parts, sampler, steps, *args, **options))
 
     def draw(params, num, seed=0, labels=None, batch_size=64, start=0):
         indices, root = np.arange(start, num), keys.root(seed, "sample")
-        labels = experiment.labels_in_turn(parts, indices) if labels is None else labels[start:]
+        labels = experiment.cyclic_labels(parts, indices) if labels is None else labels[start:]
         return parallel.generate_batches(generate, parallel.replicate(params), root, indices, labels, batch_size)
 
     return draw
 
 
 def draw(parts: Experiment, params, num: int, seed=0, sampler="ddpm", steps=0, batch_size=64, **options) -> np.ndarray:
-    """The first `num` images of a seed, uint8 (num, H, W, C), by so many steps, 0 for all T; otherwise as make_draw."""
+    """The first `num` images of a seed, uint8 (num, H, W, C), in `steps` steps (0: T). Other arguments: make_draw."""
     draw = make_draw(parts, sampler, steps or parts.config.diffusion.T, **options)
     return np.concatenate([batch[:, -1] for batch in draw(params, num, seed, batch_size=batch_size)])
 
 
-def _root(seed, again):
-    return keys.root(seed, f"train {again}" if again else "train")
+def _train_key(seed, rollbacks):
+    return keys.root(seed, f"train {rollbacks}" if rollbacks else "train")
 
 
 def _stack(trees, axis=0):

@@ -1,11 +1,11 @@
-"""Reverse processes over any falling set of times: Algorithm 2 and its successors, for one image.
+"""Reverse processes over any decreasing sequence of times: Algorithm 2 and its successors, for one image.
 
 A Sampler has optax's shape, two pure functions:
 
-    init(x_T) -> memory                                         what it carries from step to step
+    init(x_T) -> memory                                         state carried from step to step
     step(predict, key, x_t, t, s, memory) -> x_s, memory        from time t to s < t; predict(x_t, t) -> x_0_hat
 
-Clipping and guidance wrap the network or `predict`; a sampler never knows of them.
+Clipping and guidance wrap the network or `predict`, so samplers do not depend on them.
 """
 
 import inspect
@@ -17,9 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ddpm_jax.diffusion import VARIANCES, alpha_sigma, q_posterior, reverse_variance
+from ddpm_jax.diffusion import VARIANCES, alpha_sigma, q_posterior, reverse_variance, to_uint8
 from ddpm_jax.errors import ConfigError
-from ddpm_jax.images import to_uint8
 from ddpm_jax.keys import named
 from ddpm_jax.schedules import Schedule
 
@@ -27,7 +26,7 @@ from ddpm_jax.schedules import Schedule
 class Sampler(NamedTuple):
     init: Callable
     step: Callable
-    asks_variance: bool = False  # whether predict has to be one of diffusion.make_denoiser_with_variance
+    needs_variance: bool = False  # whether `predict` must come from diffusion.make_denoiser_with_variance
 
 
 def no_memory(x_T):
@@ -35,7 +34,7 @@ def no_memory(x_T):
 
 
 def ddpm(schedule: Schedule, variance: str = "fixedsmall") -> Sampler:
-    """Ancestral sampling (Algorithm 2): x_s from the Gaussian with the mean of q(x_s | x_t, x_0_hat).
+    """Ancestral sampling (Algorithm 2): x_s is drawn from a Gaussian with the mean of q(x_s | x_t, x_0_hat).
 
     variance: a name in diffusion.VARIANCES. The step to clean data adds no noise.
     """
@@ -53,9 +52,9 @@ def ddpm(schedule: Schedule, variance: str = "fixedsmall") -> Sampler:
 
 
 def ddim(schedule: Schedule, eta: float = 0.0) -> Sampler:
-    """Song, Meng & Ermon 2020, eqs. 12 and 16: deterministic at eta = 0, the ancestral sampler at eta = 1.
+    """Song, Meng & Ermon 2020, eqs. 12 and 16: deterministic at eta = 0, `ddpm` with variance fixedsmall at eta = 1.
 
-    eps_hat is taken from x_0_hat, so that it also agrees with a clipped one. At eta = 0 a step may also go up, s > t.
+    eps_hat is computed from x_0_hat, so it is consistent with clipping. At eta = 0 a step may also go up, to s > t.
     """
     if not 0 <= eta <= 1:
         raise ConfigError(f"eta={eta} must be from 0 to 1")
@@ -74,10 +73,10 @@ def ddim(schedule: Schedule, eta: float = 0.0) -> Sampler:
 
 
 def dpmpp_2m(schedule: Schedule) -> Sampler:
-    """DPM-Solver++(2M), Lu et al. 2022, algorithm 2: second order in the log-SNR, one call of the network a step.
+    """DPM-Solver++(2M), Lu et al. 2022, algorithm 2: second order in the log-SNR, one network call per step.
 
-    Remembers the last x_0_hat and the last step h in half log-SNR. The first step and the one to clean data, whose
-    h is infinite, are of first order.
+    The memory is the previous x_0_hat and step size h (in half log-SNR). The first step is of first order, and so is
+    the step to clean data, for which h is infinite.
     """
 
     def init(x_T):
@@ -90,18 +89,18 @@ def dpmpp_2m(schedule: Schedule) -> Sampler:
         h = (logsnr_s - logsnr_t) / 2
         x_0_hat = predict(x_t, t)
         slope = jnp.where(jnp.isfinite(h), h / (2 * last_h), 0.0)
-        ahead = x_0_hat + slope * (x_0_hat - last_x_0_hat)
-        return sigma_s / sigma_t * x_t - alpha_s * jnp.expm1(-h) * ahead, (x_0_hat, h)
+        extrapolated = x_0_hat + slope * (x_0_hat - last_x_0_hat)
+        return sigma_s / sigma_t * x_t - alpha_s * jnp.expm1(-h) * extrapolated, (x_0_hat, h)
 
     return Sampler(init, step)
 
 
 def dpmpp_3m(schedule: Schedule) -> Sampler:
-    """DPM-Solver++ of third order, multistep (Lu et al. 2022, eq. 4.2 with k = 3), one call of the network a step.
+    """DPM-Solver++ of third order, multistep (Lu et al. 2022, eq. 4.2 with k = 3), one network call per step.
 
-    The x_0_hat of the last three times, a parabola over half the log-SNR, is integrated exactly. The first step and
-    the one to clean data are of first order, the second step of second. Wide steps in log-SNR make the parabola
-    overshoot: take the spacing trailing when there are few.
+    A parabola in half the log-SNR through the last three x_0_hat is integrated exactly. The first step and the step to
+    clean data are of first order, the second step is of second order. The parabola overshoots for large steps in
+    log-SNR, so use trailing spacing when there are few steps.
     """
 
     def init(x_T):
@@ -114,23 +113,23 @@ def dpmpp_3m(schedule: Schedule) -> Sampler:
         h = (logsnr_s - logsnr_t) / 2
         x_0_hat = predict(x_t, t)
         slope_1, slope_2 = (x_0_hat - last) / h_1, (last - before) / h_2
-        bend = (slope_1 - slope_2) / (h_1 + h_2)
-        slope = slope_1 + jnp.where(jnp.isfinite(h_2), h_1 * bend, 0.0)
+        curvature = (slope_1 - slope_2) / (h_1 + h_2)
+        slope = slope_1 + jnp.where(jnp.isfinite(h_2), h_1 * curvature, 0.0)
         level = -jnp.expm1(-h)  # integrals of exp(u - h), u exp(u - h) and u^2 exp(u - h) / 2 over u in 0..h
         finite = jnp.where(jnp.isfinite(h), h, 0.0)
         linear = finite + jnp.expm1(-finite)
         square = finite**2 / 2 - linear
-        x_s = sigma_s / sigma_t * x_t + alpha_s * (level * x_0_hat + linear * slope + 2 * square * bend)
+        x_s = sigma_s / sigma_t * x_t + alpha_s * (level * x_0_hat + linear * slope + 2 * square * curvature)
         return x_s, ((x_0_hat, last), (h, h_1))
 
     return Sampler(init, step)
 
 
 def heun(schedule: Schedule) -> Sampler:
-    """Heun's second-order step of the probability-flow ODE (Karras et al. 2022, algorithm 1), two calls a step.
+    """Heun's second-order method for the probability-flow ODE (Karras et al. 2022, algorithm 1), two calls per step.
 
-    Over the noise level n = sigma / alpha the ODE of y = x / alpha is dy/dn = eps_hat, so that Euler's step is DDIM's.
-    The correction takes the mean of both ends' eps_hat; steps to clean data and from pure noise have none.
+    With y = x / alpha and the noise level n = sigma / alpha, the ODE is dy/dn = eps_hat and its Euler step is DDIM.
+    The correction averages eps_hat over both ends of the step. Steps from pure noise and to clean data have none.
     """
 
     def step(predict, key, x_t, t, s, memory):
@@ -150,24 +149,24 @@ def heun(schedule: Schedule) -> Sampler:
 
 
 def edm(schedule: Schedule, churn=0.1, noise=1.007, low=0.01, high=1.0) -> Sampler:
-    """Karras et al. 2022, algorithm 2: Heun's step after the noise level has been raised by fresh noise.
+    """Karras et al. 2022, algorithm 2: adds fresh noise before each Heun step.
 
-    Where n = sigma / alpha lies between `low` and `high`, it is raised to (1 + churn) n, or for a discrete schedule to
-    the time next to that, by noise of standard deviation `noise`. churn is the paper's S_churn / N, at most
-    sqrt(2) - 1; the defaults are near its values for the VP CIFAR-10 model.
+    A noise level n = sigma / alpha between `low` and `high` is raised to (1 + churn) n (for a discrete schedule, to the
+    nearest time) by noise of standard deviation `noise`. churn is the paper's S_churn / N, at most sqrt(2) - 1. The
+    defaults are close to the paper's values for the VP CIFAR-10 model.
     """
     if not 0 <= churn <= 0.4143:
         raise ConfigError(f"churn={churn} must be from 0 to sqrt(2) - 1")
-    flow = heun(schedule)
+    solver = heun(schedule)
 
     def step(predict, key, x_t, t, s, memory):
         logsnr = schedule.logsnr(t)
         level = jnp.exp(-logsnr / 2)
-        raised = jnp.where((level >= low) & (level <= high), schedule.time_of(logsnr - 2 * jnp.log1p(churn)), t)
+        raised = jnp.where((level >= low) & (level <= high), schedule.t_from_logsnr(logsnr - 2 * jnp.log1p(churn)), t)
         (alpha, sigma), (alpha_up, sigma_up) = (alpha_sigma(schedule.logsnr(time)) for time in (t, raised))
         added = jnp.sqrt(jnp.maximum(sigma_up**2 - (alpha_up / alpha * sigma) ** 2, 0))
         x_up = alpha_up / alpha * x_t + noise * added * jax.random.normal(key, x_t.shape)
-        return flow.step(predict, key, jnp.where(raised > t, x_up, x_t), jnp.maximum(raised, t), s, memory)
+        return solver.step(predict, key, jnp.where(raised > t, x_up, x_t), jnp.maximum(raised, t), s, memory)
 
     return Sampler(no_memory, step)
 
@@ -183,24 +182,24 @@ SAMPLERS: dict[str, Callable[..., Sampler]] = {
 
 
 def make_sampler(name: str, schedule: Schedule, defaults=(), **options) -> Sampler:
-    """The Sampler `name`, with those of `options` that it has; a wrong name or option raises ConfigError.
+    """The Sampler `name` with `options`. Raises ConfigError for an unknown name or option.
 
-    `defaults` are options that are passed over in silence when this sampler has no such option.
+    `defaults` are further options, ignored by samplers that do not have them.
     """
     if name not in SAMPLERS:
         raise ConfigError(f"sampler={name} is not one of {', '.join(SAMPLERS)}")
-    has = list(inspect.signature(SAMPLERS[name]).parameters)[1:]
+    known = list(inspect.signature(SAMPLERS[name]).parameters)[1:]
     for option in options:
-        if option not in has:
-            raise ConfigError(f"the sampler {name} has no option {option}; it has {', '.join(has) or 'none'}")
-    return SAMPLERS[name](schedule, **{k: v for k, v in dict(defaults).items() if k in has} | options)
+        if option not in known:
+            raise ConfigError(f"the sampler {name} has no option {option}; it has {', '.join(known) or 'none'}")
+    return SAMPLERS[name](schedule, **{k: v for k, v in dict(defaults).items() if k in known} | options)
 
 
 def with_preview(sampler: Sampler) -> Sampler:
-    """`sampler` with the last x_0_hat at a visited time kept: its memory is (its own, x_0_hat).
+    """`sampler` that also keeps its latest x_0_hat: its memory is (memory of `sampler`, x_0_hat).
 
-    No further call of the network, but for edm, which asks at a time of its own. The samples are the same to rounding,
-    as XLA fuses what is kept otherwise than what is not.
+    This needs no extra network calls, except for edm, which evaluates the network at other times. Samples are equal up
+    to rounding, because XLA fuses operations differently when x_0_hat is an output.
     """
 
     def init(x_T):
@@ -209,20 +208,17 @@ def with_preview(sampler: Sampler) -> Sampler:
     def step(predict, key, x_t, t, s, memory):
         prediction = predict(x_t, t)
 
-        def remember(x, time):  # what most samplers ask first has been answered already
+        def cached_predict(x, time):  # most samplers first evaluate the network at (x_t, t)
             return prediction if x is x_t and time is t else predict(x, time)
 
-        x_s, own = sampler.step(remember, key, x_t, t, s, memory[0])
-        return x_s, (own, jax.tree.leaves(prediction)[0])
+        x_s, own_memory = sampler.step(cached_predict, key, x_t, t, s, memory[0])
+        return x_s, (own_memory, jax.tree.leaves(prediction)[0])
 
-    return Sampler(init, step, sampler.asks_variance)
+    return Sampler(init, step, sampler.needs_variance)
 
 
 def self_conditioned(sampler: Sampler) -> Sampler:
-    """`sampler` for a network that is also shown its last x_0_hat (Chen et al. 2023): predict(x_t, t, x_0_hat).
-
-    Its memory is that of with_preview.
-    """
+    """with_preview(sampler) for predict(x_t, t, x_0_hat), which also takes the previous x_0_hat (Chen et al. 2023)."""
     inner = with_preview(sampler)
 
     def step(predict, key, x_t, t, s, memory):
@@ -232,50 +228,50 @@ def self_conditioned(sampler: Sampler) -> Sampler:
 
 
 def pure_noise(key, shape) -> jax.Array:
-    """x_T of the image that `key` belongs to."""
+    """x_T of the image with this `key`."""
     return jax.random.normal(named(key, "x_T"), shape)
 
 
 def sample(predict: Callable, sampler: Sampler, times, key, shape) -> jax.Array:
-    """x_0 of one image (Algorithm 2) by one scan over the pairs (t, s) of neighbouring `times`.
+    """x_0 of one image (Algorithm 2), by a scan over the pairs (t, s) of consecutive `times`.
 
-    times: falling, from the time of pure noise to 0, (n + 1,); shape: (H, W, C). The picture is a function of `key`.
+    times: (n + 1,), decreasing from the time of pure noise to 0; shape: (H, W, C). The image is a function of `key`.
     """
-    return follow(predict, sampler, times, key, pure_noise(key, shape))[0][-1]
+    return run_sampler(predict, sampler, times, key, pure_noise(key, shape))[0][-1]
 
 
-def follow(predict: Callable, sampler: Sampler, times, key, x, frames=1, view=lambda x, memory: x):
-    """(path, memory) of a sampler from `x` at times[0] through all `times`; the one loop over time there is.
+def run_sampler(predict: Callable, sampler: Sampler, times, key, x, frames=1, view=lambda x, memory: x):
+    """(path, memory) of a sampler that starts with `x` at times[0] and visits all `times`: the only loop over time.
 
-    path: `view` of (x, memory), an array like x, at `frames` moments evenly spread over the way, (frames, ...); the
-    last of them is x itself at the end. There are no more frames than steps.
+    path: (frames, *x.shape), view(x, memory) after `frames` evenly spaced steps; its last entry is always the final x.
+    There are at most as many frames as steps.
     """
     times, n = jnp.asarray(times), len(times) - 1
     frames = min(frames, n)
-    slots = np.arange(n) * frames // n  # the last step that falls into a slot stays there
+    slots = np.arange(n) * frames // n  # the frame that each step writes; the last step of a frame remains
 
-    def body(carry, at):
+    def body(carry, step):
         x, memory, path = carry
-        i, slot, t, s = at
+        i, slot, t, s = step
         x, memory = sampler.step(predict, jax.random.fold_in(named(key, "step"), i), x, t, s, memory)
         return (x, memory, path.at[slot].set(view(x, memory))), None
 
-    start = (x, sampler.init(x), jnp.zeros((frames, *x.shape), x.dtype))
-    (x, memory, path), _ = lax.scan(body, start, (np.arange(n), slots, times[:-1], times[1:]))
+    carry = (x, sampler.init(x), jnp.zeros((frames, *x.shape), x.dtype))
+    (x, memory, path), _ = lax.scan(body, carry, (np.arange(n), slots, times[:-1], times[1:]))
     return path.at[-1].set(x), memory
 
 
 def make_generate(denoiser: Callable, sampler: Sampler, times, start, frames=1, view=lambda x, memory: x) -> Callable:
-    """generate(params, root, index, label=None) -> image `index` of the stream `root`.
+    """generate(params, root, index, label=None) -> (images, finite) of image `index` of the stream `root`.
 
-    denoiser: (params, label) -> predict; start: (predict, key, index) -> x at times[0]; frames, view: as in `follow`.
-    uint8 (frames, H, W, C): pictures along the reverse process of which the last is the sample; and whether all of
-    their values were finite, which uint8 cannot show.
+    denoiser: (params, label) -> predict; start: (predict, key, index) -> x at times[0]; frames, view: see run_sampler.
+    images: uint8 (frames, H, W, C) along the reverse process; the last one is the sample. finite: whether all values
+    were finite before the conversion to uint8.
     """
 
     def generate(params, root, index, label=None):
         key, predict = jax.random.fold_in(root, index), denoiser(params, label)
-        path, _ = follow(predict, sampler, times, key, start(predict, key, index), frames, view)
+        path, _ = run_sampler(predict, sampler, times, key, start(predict, key, index), frames, view)
         return to_uint8(path), jnp.all(jnp.isfinite(path))
 
     return generate

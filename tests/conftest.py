@@ -25,11 +25,13 @@ import pytest
 from PIL import Image
 from published import RELEASED
 
-from ddpm_jax import checkpoint, errors, experiment, schedules, trees, unet
+from ddpm_jax import errors, experiment, schedules
 from ddpm_jax.config import Config, Data, Diffusion, Model
 from ddpm_jax.data import load
 from ddpm_jax.interop import __main__ as interop
 from ddpm_jax.interop import released, tensors
+from ddpm_jax.networks import unet
+from ddpm_jax.run import checkpoint, trees
 
 ROOT = Path(__file__).parent.parent
 STARTUP = ROOT / "tests" / "startup"  # what its file does, it does here and in every Python that a test starts
@@ -164,7 +166,7 @@ def fingerprint(workdir):
     return sha.hexdigest()
 
 
-def metrics(workdir):
+def logged_metrics(workdir):
     """The rows of metrics.jsonl without what the clock gave."""
     clock = ("images_per_second", "seconds_per_step", "input_wait")
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -208,7 +210,7 @@ def mount(tmp_path):
 def assert_same_end(workdir, other):
     """The same bits in the state, and each step's metrics once."""
     assert fingerprint(workdir) == fingerprint(other)
-    assert metrics(workdir) == metrics(other)
+    assert logged_metrics(workdir) == logged_metrics(other)
 
 
 def assert_one_line(done):
@@ -261,7 +263,7 @@ def make_run(folder, steps=(5,), scale=1.0, **changes):
         train=dataclasses.replace(Config().train, sample_steps=T),
     )
     parts = experiment.make(config, (4, 4, 1))
-    init_state, _ = experiment.make_training(parts)
+    init_state = parts.init_state
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(init_state))
     with checkpoint.open_manager(folder / "checkpoints") as manager:
         for step in steps:
@@ -287,7 +289,7 @@ def imported(tmp_path_factory):
         parts = experiment.make(found.config, found.shape)
         template = experiment.params_shape(parts)
         made[name] = tmp_path_factory.mktemp("imported") / name
-        interop.write_run(parts, tensors.fit(found.arrays, template, found.spelling, name), made[name])
+        interop.write_run(parts, tensors.to_params(found.arrays, template, found.format, name), made[name])
     return made
 
 

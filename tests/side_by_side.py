@@ -46,7 +46,7 @@ def noise_of(seed):
 
 def our_step(sampler, schedule, way="eps", limit="none"):
     """step(output, noise, x_t, t, s, memory) -> x_s, memory, with the network's output and all noise given."""
-    make = diffusion.make_denoiser_with_variance if sampler.asks_variance else diffusion.make_denoiser
+    make = diffusion.make_denoiser_with_variance if sampler.needs_variance else diffusion.make_denoiser
 
     @jax.jit
     def step(output, noise, x_t, t, s, memory):

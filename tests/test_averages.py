@@ -10,8 +10,9 @@ import optax
 import pytest
 from scipy import integrate
 
-from ddpm_jax import averages
+from ddpm_jax import averages, experiment
 from ddpm_jax.errors import CheckpointError, ConfigError
+from ddpm_jax.run import snapshots
 
 TRACKED = (0.05, 0.10)
 STEPS, EVERY = 6000, 200  # thirty snapshots
@@ -87,7 +88,7 @@ def profiles(snapshots, grid):
 def test_the_fit_is_the_best_one_with_sum_one(target):
     """No step from one snapshot to another brings the profile nearer; distances are sums over a fine grid."""
     snapshots = [(t, length) for t in range(10, 101, 10) for length in TRACKED]
-    coefficients, error = averages.weights(snapshots, *target)
+    coefficients, error = averages.posthoc_coefficients(snapshots, *target)
     assert coefficients.dtype == np.float64
     assert coefficients.sum() == pytest.approx(1, abs=1e-12)
 
@@ -103,7 +104,7 @@ def test_the_fit_is_the_best_one_with_sum_one(target):
 def test_a_snapshot_is_its_own_fit(count):
     snapshots = [(1000 * (n + 1), length) for n in range(count) for length in TRACKED]
     for target in (snapshots[-1], snapshots[len(snapshots) // 2]):
-        coefficients, error = averages.weights(snapshots, *target)
+        coefficients, error = averages.posthoc_coefficients(snapshots, *target)
         assert error < 1e-7
         np.testing.assert_allclose(coefficients, [s == target for s in snapshots], rtol=0, atol=1e-6)
 
@@ -112,9 +113,9 @@ def test_more_snapshots_fit_better_and_close_ones_do_no_harm():
     errors = []
     for count in (2, 8, 32):
         snapshots = [(96_000 // count * (n + 1), length) for n in range(count) for length in TRACKED]
-        errors.append(averages.weights(snapshots, 96_000, 0.15)[1])
+        errors.append(averages.posthoc_coefficients(snapshots, 96_000, 0.15)[1])
     assert errors[0] > 4 * errors[1] > 16 * errors[2]
-    coefficients, error = averages.weights([*snapshots, (96_001, 0.05), (96_001, 0.1)], 96_001, 0.15)
+    coefficients, error = averages.posthoc_coefficients([*snapshots, (96_001, 0.05), (96_001, 0.1)], 96_001, 0.15)
     assert error < 1.1 * errors[2]
     assert np.abs(coefficients).sum() < 5
 
@@ -122,7 +123,7 @@ def test_more_snapshots_fit_better_and_close_ones_do_no_harm():
 @pytest.mark.parametrize("step", [0, -5, 101])
 def test_a_step_beyond_the_snapshots_is_refused(step):
     with pytest.raises(ConfigError, match=f"step={step} .* from 1 to 100"):
-        averages.weights([(100, 0.05), (50, 0.1)], step, 0.07)
+        averages.posthoc_coefficients([(100, 0.05), (50, 0.1)], step, 0.07)
 
 
 def definition(trajectory, t, length):
@@ -170,7 +171,7 @@ def snapshot(tracked, step):
 def saved(tracked, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "averages"
     for step in range(EVERY, STEPS + 1, EVERY):
-        averages.save(folder, step, snapshot(tracked, step))
+        snapshots.save(folder, step, snapshot(tracked, step))
     return folder
 
 
@@ -195,7 +196,7 @@ def test_an_untracked_average_is_reconstructed(trajectory, saved):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for length, bound in ((0.03, 5e-3), (0.07, 3e-4), (0.15, 3e-4), (0.20, 2e-3), (0.25, 2e-2)):
-            got, wanted = flat(averages.reconstruct(saved, TEMPLATE, length)), definition(trajectory, STEPS, length)
+            got, wanted = flat(experiment.posthoc_ema(saved, TEMPLATE, length)), definition(trajectory, STEPS, length)
             off = np.linalg.norm(got - wanted) / np.linalg.norm(trajectory[-1] - wanted)
             assert off < bound
 
@@ -203,7 +204,7 @@ def test_an_untracked_average_is_reconstructed(trajectory, saved):
 @pytest.mark.parametrize("step", [None, 4000])
 def test_a_tracked_average_comes_back(tracked, saved, step):
     for k, length in enumerate(TRACKED):
-        tree = averages.reconstruct(saved, TEMPLATE, length, step)
+        tree = experiment.posthoc_ema(saved, TEMPLATE, length, step)
         np.testing.assert_allclose(flat(tree), tracked[(step or STEPS) - 1, k], rtol=1.2e-7)
         assert jax.tree.structure(tree) == jax.tree.structure(TEMPLATE)
         assert jax.tree.map(lambda x: (x.shape, x.dtype), tree) == jax.tree.map(lambda x: (x.shape, x.dtype), TEMPLATE)
@@ -211,24 +212,24 @@ def test_a_tracked_average_comes_back(tracked, saved, step):
 
 def test_a_step_between_two_snapshots(trajectory, saved):
     """Its profile ends where no snapshot's does, which is told; a random walk hardly shows it."""
-    with pytest.warns(UserWarning, match="only roughly known"):
-        got = flat(averages.reconstruct(saved, TEMPLATE, 0.10, 3900))
+    with pytest.warns(UserWarning, match="only approximate"):
+        got = flat(experiment.posthoc_ema(saved, TEMPLATE, 0.10, 3900))
     wanted = definition(trajectory, 3900, 0.10)
     assert np.linalg.norm(got - wanted) < 0.01 * np.linalg.norm(trajectory[3899] - wanted)
 
 
 def test_parameters_that_stand_still_keep_their_value_however_rough_the_fit(tmp_path):
     for step in (500, 1000):
-        averages.save(tmp_path, step, {length: as_tree(np.full(9, 3, np.float32)) for length in TRACKED})
+        snapshots.save(tmp_path, step, {length: as_tree(np.full(9, 3, np.float32)) for length in TRACKED})
     with pytest.warns(UserWarning, match=r"sigma_rel=0.25 at step 1000 .* 4 snapshots .* error of \d\d%"):
-        tree = averages.reconstruct(tmp_path, TEMPLATE, 0.25)
+        tree = experiment.posthoc_ema(tmp_path, TEMPLATE, 0.25)
     np.testing.assert_allclose(flat(tree), 3, rtol=1e-6)
 
 
 def test_a_snapshot_is_stored_bit_for_bit(tracked, tmp_path):
-    averages.save(tmp_path, jnp.int32(7), snapshot(tracked, 7))
+    snapshots.save(tmp_path, jnp.int32(7), snapshot(tracked, 7))
     assert [path.name for path in tmp_path.iterdir()] == ["step_000000007.npz"]
-    found = averages.load(tmp_path, 7)
+    found = snapshots.load(tmp_path, 7)
     assert set(found) == set(TRACKED)
     for k, length in enumerate(TRACKED):
         assert set(found[length]) == {"dense/kernel", "dense/bias", "scale"}
@@ -243,13 +244,13 @@ def flip(path, at):
 
 def test_no_flipped_bit_changes_a_snapshot_in_silence(saved, tmp_path):
     """A bit of every third byte of a file in turn: it is refused, or (padding, time stamps) reads as it was written."""
-    source = averages._path(saved, EVERY)
-    wanted, refused = averages.load(saved, EVERY), 0
+    source = snapshots._path(saved, EVERY)
+    wanted, refused = snapshots.load(saved, EVERY), 0
     for at in range(0, len(source.read_bytes()), 3):
         shutil.copy(source, tmp_path)
         flip(tmp_path / source.name, at)
         try:
-            found = averages.load(tmp_path, EVERY)
+            found = snapshots.load(tmp_path, EVERY)
         except CheckpointError:
             refused += 1
         else:
@@ -264,43 +265,43 @@ def test_damaged_and_missing_snapshots_are_left_out(trajectory, tracked, folder)
     (folder / names[7]).write_bytes(b"")
     (folder / names[9]).unlink()
     shutil.copy(folder / names[10], folder / names[11])  # whole, but of another step
-    with pytest.warns(UserWarning, match="left out") as told:
-        snapshots = averages.stored(folder)
+    with pytest.warns(UserWarning, match="averages skipped") as told:
+        stored = snapshots.stored(folder)
     for k, warning in zip((3, 5, 7, 11), told, strict=True):
         assert names[k] in str(warning.message)
     gone = [(k + 1) * EVERY for k in (3, 5, 7, 9, 11)]
-    assert snapshots == [(n, s) for n in range(EVERY, STEPS + 1, EVERY) if n not in gone for s in TRACKED]
-    with pytest.warns(UserWarning, match="left out"):
-        got = flat(averages.reconstruct(folder, TEMPLATE, 0.15))
+    assert stored == [(n, s) for n in range(EVERY, STEPS + 1, EVERY) if n not in gone for s in TRACKED]
+    with pytest.warns(UserWarning, match="averages skipped"):
+        got = flat(experiment.posthoc_ema(folder, TEMPLATE, 0.15))
     wanted = definition(trajectory, STEPS, 0.15)
     assert np.linalg.norm(got - wanted) < 0.005 * np.linalg.norm(trajectory[-1] - wanted)
 
 
 def test_nothing_to_use_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="there are no averages in"):
-        averages.stored(tmp_path / "none")
+        snapshots.stored(tmp_path / "none")
     (tmp_path / "step_000000100.npz").write_bytes(b"PK")
-    with pytest.raises(CheckpointError, match="that can be used"), pytest.warns(UserWarning, match="left out"):
-        averages.reconstruct(tmp_path, TEMPLATE, 0.05)
+    with pytest.raises(CheckpointError, match="that can be used"), pytest.warns(UserWarning, match="averages skipped"):
+        experiment.posthoc_ema(tmp_path, TEMPLATE, 0.05)
 
 
 def test_another_models_snapshots_are_refused(saved):
     template = TEMPLATE | {"scale": jax.ShapeDtypeStruct((2,), jnp.float32)}
     with pytest.raises(CheckpointError, match=r"step_000000200.npz .* scale is \(\), the model has \(2,\)"):
-        averages.reconstruct(saved, template, 0.05)
+        experiment.posthoc_ema(saved, template, 0.05)
     with pytest.raises(CheckpointError, match=r"more is missing, the model has \(2,\)"):
-        averages.reconstruct(saved, TEMPLATE | {"more": template["scale"]}, 0.05)
+        experiment.posthoc_ema(saved, TEMPLATE | {"more": template["scale"]}, 0.05)
 
 
 def test_a_snapshot_that_cannot_be_written_is_an_error(tracked, tmp_path):
     (tmp_path / "averages").write_text("a file where the folder should be")
     with pytest.raises(CheckpointError, match="step 7 were not written"):
-        averages.save(tmp_path / "averages", 7, snapshot(tracked, 7))
+        snapshots.save(tmp_path / "averages", 7, snapshot(tracked, 7))
 
 
 def test_a_run_that_goes_back_drops_what_came_after(folder):
-    averages.drop_after(folder, STEPS - 2 * EVERY)
-    assert averages.stored(folder)[-1][0] == STEPS - 2 * EVERY
-    averages.drop_after(folder, 0)
+    snapshots.drop_after(folder, STEPS - 2 * EVERY)
+    assert snapshots.stored(folder)[-1][0] == STEPS - 2 * EVERY
+    snapshots.drop_after(folder, 0)
     assert not list(folder.iterdir())
-    averages.drop_after(folder / "nowhere", 0)
+    snapshots.drop_after(folder / "nowhere", 0)

@@ -9,9 +9,9 @@ import warnings
 
 import numpy as np
 import pytest
-from conftest import PYTHONPATH, SMALL, fingerprint, metrics
+from conftest import PYTHONPATH, SMALL, fingerprint, logged_metrics
 
-from ddpm_jax import boards, log
+from ddpm_jax.run import boards, log
 
 ROWS = [{"step": step, "loss": 1 / step, "skipped": 0, "kid": None, "seconds_per_step": None} for step in (10, 20)]
 GRID = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
@@ -52,7 +52,7 @@ def show(monkeypatch, tmp_path):
             writer = log.open_log(tmp_path, 5, 20, opened)
             for row in ROWS:
                 writer.write(row)
-            writer.picture("samples", GRID, 20)
+            writer.image("samples", GRID, 20)
             writer.close()
         assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == ROWS
         return [str(warning.message) for warning in caught]
@@ -94,7 +94,7 @@ def test_one_that_fails_is_left_out_with_one_warning(show, fails, error):
     ours = TENSORBOARD if fails in TENSORBOARD else WANDB
     tensorboard, wandb = (Fake(fails, error) if names is ours else Fake() for names in (TENSORBOARD, WANDB))
     name = "TensorBoard" if ours is TENSORBOARD else "Weights & Biases"
-    assert show(tensorboard, wandb) == [f"{name} is shown no more of this run: {fails} fails"]
+    assert show(tensorboard, wandb) == [f"{name} gets no more data from this run: {fails} fails"]
     failed, other = (tensorboard, wandb) if ours is TENSORBOARD else (wandb, tensorboard)
     assert failed.calls[-1][0] == fails
     assert other.calls[-1][0] in ("close", "finish")
@@ -102,7 +102,7 @@ def test_one_that_fails_is_left_out_with_one_warning(show, fails, error):
 
 def test_a_package_that_is_missing(show):
     (said,) = show(Fake(), None)  # None in sys.modules: it cannot be imported
-    assert said.startswith("Weights & Biases is shown no more of this run: ")
+    assert said.startswith("Weights & Biases gets no more data from this run: ")
     assert "wandb" in said
 
 
@@ -115,7 +115,7 @@ def test_no_key_means_no_question(show):
             return False
 
     (said,) = show(Fake(), NoKey())
-    assert "knows no API key; say wandb login" in said
+    assert "there is no API key; run wandb login" in said
     offline = NoKey()
     offline.settings.mode = "offline"
     assert show(Fake(), offline) == []
@@ -123,7 +123,7 @@ def test_no_key_means_no_question(show):
 
 
 def test_one_that_hangs_is_not_waited_for(show, monkeypatch):
-    monkeypatch.setattr(boards, "PATIENCE", 0.2)
+    monkeypatch.setattr(boards, "TIMEOUT", 0.2)
     wandb = Fake()
     wandb.init = lambda **_: threading.Event().wait()
     clock = time.monotonic()
@@ -162,11 +162,11 @@ def test_a_run_goes_on_without_them(trained, script, tmp_path):
     variables = {"PYTHONPATH": f"{tmp_path}:{PYTHONPATH}"}
     done = script("train.py", *options, "--wandb=faces", "--profile=20:22", **variables)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == "warning: Weights & Biases is shown no more of this run: the network is gone\n"
+    assert done.stderr == "warning: Weights & Biases gets no more data from this run: the network is gone\n"
     assert f"the trace of --profile=20:22 is in {tmp_path / 'run' / 'profile'}" in done.stdout
     assert len(list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))) == 1
     assert fingerprint(tmp_path / "run") == fingerprint(trained)
-    assert metrics(tmp_path / "run") == metrics(trained)
+    assert logged_metrics(tmp_path / "run") == logged_metrics(trained)
     calls = {name: (tmp_path / f"{name}.py.calls").read_text().splitlines() for name in ("tensorboardX", "wandb")}
     assert sum(line.startswith("add_scalar ('loss', ") for line in calls["tensorboardX"]) == 9
     assert sum(line.startswith("add_image ('samples', ") for line in calls["tensorboardX"]) == 1

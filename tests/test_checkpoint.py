@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import __version__, checkpoint, parallel, training, trees
+from ddpm_jax import __version__, parallel, training
 from ddpm_jax.errors import CheckpointError, ConfigError, Diverged
+from ddpm_jax.run import __main__ as listing
+from ddpm_jax.run import checkpoint, trees
 
 
 def state_at(step):
@@ -87,7 +89,7 @@ def test_fault_17_every_flipped_bit_in_array_data_is_found(folder):
         data = bytearray(whole)
         data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
         path.write_bytes(data)
-        with pytest.warns(UserWarning, match="passed over, step 30"):
+        with pytest.warns(UserWarning, match="skipped, step 30"):
             assert restored_step(folder) == 20
         path.write_bytes(whole)
     assert restored_step(folder) == 30
@@ -117,7 +119,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_fault_16_a_damaged_step_gives_way_to_the_one_before(folder, damage):
     DAMAGES[damage](folder)
-    with pytest.warns(UserWarning, match="damaged checkpoint passed over, step 30"):
+    with pytest.warns(UserWarning, match="damaged checkpoint skipped, step 30"):
         assert restored_step(folder) == 20
 
 
@@ -146,7 +148,7 @@ def test_fault_19_foreign_names_are_ignored(folder):
 def test_fault_18_when_all_are_bad_each_is_named(folder):
     for step in (10, 20, 30):
         shutil.rmtree(folder / str(step) / "params")
-    with pytest.warns(UserWarning, match="passed over"), pytest.raises(CheckpointError) as caught:
+    with pytest.warns(UserWarning, match="damaged checkpoint skipped"), pytest.raises(CheckpointError) as caught:
         restored_step(folder)
     assert all(f"step {step}: " in str(caught.value) for step in (10, 20, 30))
 
@@ -258,7 +260,7 @@ def test_at_most_ten_differences_are_named(folder):
 def test_fault_26_another_format_is_refused(folder, monkeypatch, own):
     monkeypatch.setattr(checkpoint, "FORMAT", own)
     monkeypatch.setattr(checkpoint, "__version__", "9.9")
-    told = f"has format 2 of ddpm_jax {re.escape(__version__)}, this is 9.9 with format {own}"
+    told = f"has format 2; ddpm_jax 9.9 reads format {own}; use ddpm_jax {re.escape(__version__)}"
     with pytest.raises(CheckpointError, match=told):
         restored_step(folder)
 
@@ -277,7 +279,7 @@ def test_fault_23_a_full_disk_is_told_before_writing(folder, monkeypatch):
 def test_failures_are_borne_until_the_fourth_in_a_row(folder, monkeypatch):
     """Two failures, a good save, three more are warnings; the next one without a good one between ends the run."""
     with checkpoint.open_manager(folder, keep=3) as manager:
-        keep = checkpoint.make_keeper(manager)
+        keep = checkpoint.make_saver(manager)
         usage = shutil.disk_usage(folder)
 
         for step, fails in [(40, True), (50, True), (60, False), (70, True), (80, True), (85, True)]:
@@ -300,21 +302,21 @@ def test_a_failure_of_the_last_save_is_raised_at_once(folder, monkeypatch):
     usage = shutil.disk_usage(folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
     with checkpoint.open_manager(folder) as manager, pytest.raises(CheckpointError, match="step 40 was not saved"):
-        checkpoint.make_keeper(manager)(state_at(40), last=True)
+        checkpoint.make_saver(manager)(state_at(40), last=True)
 
 
 def test_leftovers_are_told_and_deleted_when_asked(folder, capsys):
     """Not while a run is writing there."""
     (folder / "40").mkdir()
     checkpoint.set_aside(folder, 20)
-    assert checkpoint.main([folder.parent]) == 0
+    assert listing.main([folder.parent]) == 0
     assert [line.split()[2] for line in capsys.readouterr().out.splitlines()[3:]] == ["30.aside,", "40,"]
     clean = [folder.parent, "--clean"]
     with open(folder.parent / "lock", "a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="is in use by another run"):
-            checkpoint.main(clean)
-    assert checkpoint.main(clean) == 0
+            listing.main(clean)
+    assert listing.main(clean) == 0
     assert sorted(os.listdir(folder)) == ["10", "20", "deleted"]
     assert restored_step(folder) == 20
 
@@ -322,7 +324,7 @@ def test_leftovers_are_told_and_deleted_when_asked(folder, capsys):
 def test_damaged_steps_are_set_aside_so_that_saving_goes_on(folder):
     """Orbax takes no step before its newest; after a fall back to 20 the next save must not have to wait for 31."""
     shutil.rmtree(folder / "30" / "params")
-    with pytest.warns(UserWarning, match="passed over, step 30"):
+    with pytest.warns(UserWarning, match="skipped, step 30"):
         assert restored_step(folder) == 20
     checkpoint.set_aside(folder, 20)
     assert checkpoint.steps(folder) == [10, 20]
@@ -360,16 +362,16 @@ def test_reading_leaves_the_folder_as_it_is(folder):
 
 
 def test_the_list_of_steps_tells_whole_from_damaged(folder, capsys):
-    assert checkpoint.main([folder.parent]) == 0
+    assert listing.main([folder.parent]) == 0
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[:3]] == ["10", "20", "30"]
     largest = max(data_files(folder), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 4
     largest.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"the newest checkpoint in .* cannot be used: "):
-        checkpoint.main([folder.parent])
+        listing.main([folder.parent])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("MB")[1].split()[0] for line in lines[:3]] == ["whole", "whole", "DAMAGED:"]
-    assert lines[3].startswith("newest whole: step 20, skipped 2,")
+    assert [line.split("MB")[1].split()[0] for line in lines[:3]] == ["intact", "intact", "DAMAGED:"]
+    assert lines[3].startswith("newest intact: step 20, skipped 2,")
     with pytest.raises(CheckpointError, match="there is no run in"):
-        checkpoint.main([folder / "nowhere"])
+        listing.main([folder / "nowhere"])

@@ -8,9 +8,9 @@ import pytest
 from conftest import ROOT, assert_one_line
 
 from ddpm_jax import config as configs
-from ddpm_jax import runs
 from ddpm_jax.commands import COMMANDS
 from ddpm_jax.errors import ConfigError
+from ddpm_jax.run import folder as run_folder
 
 
 @pytest.fixture
@@ -39,9 +39,9 @@ def test_help_is_that_of_the_script_and_comes_before_jax(script, package, comman
 @pytest.mark.parametrize(
     ("words", "fragment"),
     [
-        ([], "'' is none of train, sample, evaluate"),
-        (["trian"], "'trian' is none of train, sample, evaluate"),
-        (["--config=digits"], "'--config=digits' is none of"),
+        ([], "'' is not one of train, sample, evaluate"),
+        (["trian"], "'trian' is not one of train, sample, evaluate"),
+        (["--config=digits"], "'--config=digits' is not one of"),
         (["train", "sample"], "unexpected argument 'sample'"),
         (["train", "--workdir"], "expected one argument; see python -m ddpm_jax train --help"),
         (["train", "--config=cifar100"], "no config file cifar100; there are configs/"),
@@ -82,10 +82,10 @@ def test_the_configs_of_a_wheel_lie_inside_the_package(tmp_path, monkeypatch):
 
 def test_the_revision_is_that_of_a_clone_alone(tmp_path, monkeypatch):
     """Not that of a project whose virtual environment the package is installed in."""
-    assert runs.revision()
+    assert run_folder.revision()
     who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
     for words in (["init"], [*who, "commit", "--allow-empty", "--message=theirs"]):
         subprocess.run(["git", "-C", tmp_path, *words], check=True, capture_output=True)
     (tmp_path / "site" / "ddpm_jax").mkdir(parents=True)
-    monkeypatch.setattr(runs, "__file__", str(tmp_path / "site" / "ddpm_jax" / "runs.py"))
-    assert runs.revision() is None
+    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "site" / "ddpm_jax" / "run" / "folder.py"))
+    assert run_folder.revision() is None

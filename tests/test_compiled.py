@@ -13,8 +13,8 @@ import pytest
 from conftest import LEAST, random_params, small_experiment
 
 from ddpm_jax import diffusion, likelihood
-from ddpm_jax.features import enl0, torchfile
-from ddpm_jax.reports import likelihood as reports
+from ddpm_jax.evaluation import likelihood as reports
+from ddpm_jax.evaluation.features import enl0, torchfile
 
 AS_IN_A_RUN = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}  # unlike in conftest.py
 

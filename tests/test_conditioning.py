@@ -246,7 +246,7 @@ def test_a_self_conditioned_sampler_shows_its_last_prediction(linear, name):
         return jnp.ones_like(x_t) + estimate / 2
 
     x = samplers.pure_noise(jax.random.key(0), (2, 2, 1))
-    path, (_, last) = samplers.follow(predict, sampler, times, jax.random.key(0), x, 6, lambda x, memory: memory[1])
+    path, (_, last) = samplers.run_sampler(predict, sampler, times, jax.random.key(0), x, 6, lambda x, m: m[1])
     wanted = 2 - 0.5 ** np.arange(6)
     np.testing.assert_allclose(path[:, 0, 0, 0], wanted, rtol=1e-6)
     np.testing.assert_allclose(last, wanted[-1], rtol=1e-6)
@@ -287,7 +287,7 @@ def test_keeping_the_prediction_changes_no_sample(linear, name):
         return (x_0_hat, jnp.full_like(x_t, 0.5)) if name == "learned" else x_0_hat
 
     def run(sampler):
-        return samplers.follow(predict, sampler, times, jax.random.key(1), x)
+        return samplers.run_sampler(predict, sampler, times, jax.random.key(1), x)
 
     (wanted, _), (found, (_, last)) = run(sampler), run(samplers.with_preview(sampler))
     np.testing.assert_allclose(found, wanted, atol=1e-6)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy import signal
 
-from ddpm_jax import convolutions
+from ddpm_jax.networks import convolutions
 
-WIDE = convolutions.WIDE
+WIDE = convolutions.MIN_CHANNELS
 
 
 def draw(*shapes, seed=0):
@@ -43,7 +43,7 @@ def test_it_is_the_convolution(form, shape):
 
 def test_doubled_is_the_convolution_of_the_doubled_image():
     x, kernel = draw((2, 3, 4, 5), (3, 3, 5, 4))
-    close(convolutions.doubled(x, kernel), in_float64(x.repeat(2, 1).repeat(2, 2), kernel), 2e-6)
+    close(convolutions.upsampled(x, kernel), in_float64(x.repeat(2, 1).repeat(2, 2), kernel), 2e-6)
 
 
 @pytest.fixture(scope="module")

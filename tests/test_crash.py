@@ -10,10 +10,10 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import SMALL, assert_one_line, assert_same_end, fingerprint, metrics
+from conftest import SMALL, assert_one_line, assert_same_end, fingerprint, logged_metrics
 from PIL import Image
 
-from ddpm_jax import checkpoint
+from ddpm_jax.run import checkpoint
 
 
 def wait_for(process, *starts):
@@ -110,7 +110,7 @@ def test_fault_02_killed_between_data_and_marker(trained, start, tmp_path):
 def test_fault_03_killed_while_an_old_step_is_deleted(trained, start, tmp_path):
     """The half that is left is no step, and is gone after the next start."""
     patch = """
-from ddpm_jax import checkpoint
+from ddpm_jax.run import checkpoint
 def half(paths):
     for path in paths:
         if path.name.isdigit():
@@ -147,7 +147,7 @@ def test_a_signal_saves_and_leaves(start, tmp_path, number, code):
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (code, "")
     (step,) = checkpoint.steps(tmp_path / "checkpoints")
-    assert out.splitlines()[-1] == f"stopped by a signal; step {step} is saved and the same command goes on from it"
+    assert out.splitlines()[-1] == f"stopped by a signal; step {step} is saved and the same command resumes from it"
 
 
 @pytest.mark.faults
@@ -209,7 +209,7 @@ def test_fault_10_a_damaged_end_is_made_again(trained, script, tmp_path):
         file.write_bytes(b"")
     again = script("train.py", *SMALL, "--config.train.steps=60", f"--workdir={run}", "--cpu-devices=1")
     assert (again.returncode, "resuming at step 50" in again.stdout) == (0, True)
-    assert "damaged checkpoint passed over, step 60" in again.stderr
+    assert "damaged checkpoint skipped, step 60" in again.stderr
     assert fingerprint(run) == fingerprint(trained)
 
 
@@ -257,14 +257,14 @@ def test_fault_13_other_devices_agree_to_rounding_and_say_so(script, tmp_path):
     for steps, name in ((20, "begun"), (34, "unbroken")):
         done = script(*command, f"--config.train.steps={steps}", f"--workdir={tmp_path}/{name}", "--cpu-devices=8")
         assert done.returncode == 0, done.stderr
-    wanted = {row["step"]: row["loss"] for row in metrics(tmp_path / "unbroken")}
+    wanted = {row["step"]: row["loss"] for row in logged_metrics(tmp_path / "unbroken")}
     for devices in (1, 2):
         workdir = shutil.copytree(tmp_path / "begun", tmp_path / f"{devices}")
         more = script(*command, "--config.train.steps=34", f"--workdir={workdir}", f"--cpu-devices={devices}")
         assert more.returncode == 0, more.stderr
         told = f"only to rounding: devices 8 x cpu (cpu) is now {devices} x cpu (cpu)"
         assert f"not bit-exact from here on, {told}" in more.stdout
-        found = {row["step"]: row["loss"] for row in metrics(workdir)}
+        found = {row["step"]: row["loss"] for row in logged_metrics(workdir)}
         for step in (28, 34):
             assert found[step] == pytest.approx(wanted[step], abs=1e-5)
 
@@ -283,7 +283,7 @@ def test_fault_14_changed_data_are_noticed_on_resume(script, tmp_path):
     assert re.search("the run had 40x8x8x1-.{8}, the data now are 40x8x8x1-.{8}: its batches", again.stderr)
     assert_one_line(again)
     again = script(*command, "--config.train.steps=6", "--allow-change=data.source")
-    assert (again.returncode, "going on with other data" in again.stdout) == (0, True)
+    assert (again.returncode, "continuing with other data" in again.stdout) == (0, True)
 
 
 def test_fault_14_another_experiment_in_the_folder_is_refused_by_name(trained, script):
@@ -292,7 +292,7 @@ def test_fault_14_another_experiment_in_the_folder_is_refused_by_name(trained, s
     )
     assert other.returncode == 2
     assert "train.learning_rate is 0.002 there, 0.1 here" in other.stderr
-    assert "by --allow-change=train.learning_rate" in other.stderr
+    assert "with --allow-change=train.learning_rate" in other.stderr
     assert_one_line(other)
 
 
@@ -339,7 +339,7 @@ def test_all_that_a_state_can_hold_survives_a_stop(script, tmp_path):
         ([f"--reconstruct={a}", "--sampler=ddim"], "needs one --label"),
         (["--interval=100,900"], "needs guidance"),
         (["--guidance=2", "--interval=900,100"], "0 <= LOW <= HIGH <= 1000"),
-        (["--jump=3"], "--jump belongs to --inpaint"),
+        (["--jump=3"], "--jump needs --inpaint"),
         (["--label=3", f"--inpaint={a}", f"--mask={a}"], "--jump=10 must be less than the steps"),
     ):
         done = script("sample.py", *options, *extra)

@@ -269,7 +269,7 @@ def test_digits_by_split_size_and_channels(prepared):
     ("source", "options", "fragment"),
     [
         ("tfds:no_such_set", {}, "no_such_set"),
-        ("tfds:celeb_a", {}, "celeb_a is not prepared.*tfds build celeb_a .*or take its pictures as folder:"),
+        ("tfds:celeb_a", {}, "celeb_a is not prepared.*tfds build celeb_a .*or use its pictures as folder:"),
         ("tfds:cifar10/none", {}, "cifar10/none"),
         ("tfds:digits:9.9.9", {}, "9.9.9"),
         ("tfds:", {}, "tfds:"),

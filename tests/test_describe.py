@@ -57,7 +57,7 @@ def test_a_single_image(call, tmp_path):
     [
         ((), 2, "name a source"),
         (("--split=test",), 2, "name a source"),
-        (("digits", "--files=x"), 2, "--files=x goes with a source tfds:NAME, not with digits"),
+        (("digits", "--files=x"), 2, "--files=x needs a source tfds:NAME, not digits"),
         (("digits", "more"), 2, "unexpected argument 'more'"),
         (("digits", "--num=0"), 2, "--num=0 must be at least 1"),
         (("npz:none.npz",), 3, "none.npz"),

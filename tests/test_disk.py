@@ -5,7 +5,7 @@ import re
 import pytest
 from conftest import SMALL, assert_one_line, assert_same_end, fingerprint
 
-from ddpm_jax import checkpoint
+from ddpm_jax.run import checkpoint
 
 
 @pytest.mark.faults

@@ -32,8 +32,7 @@ MODULES = [name for name in MODULES if not name.endswith("__main__")]
 COMMANDS = {  # as they are typed: the module that has their options
     **{f"{name}.py": f"ddpm_jax.commands.{name}" for name in ("train", "sample", "evaluate")},
     "-m ddpm_jax": "ddpm_jax.__main__",
-    **{f"-m ddpm_jax.{name}": f"ddpm_jax.{name}.__main__" for name in ("data", "plots", "schedules", "interop")},
-    "-m ddpm_jax.checkpoint": "ddpm_jax.checkpoint",
+    **{f"-m ddpm_jax.{name}": f"ddpm_jax.{name}.__main__" for name in ("data", "run", "plots", "schedules", "interop")},
     "-m benchmarks": "benchmarks.__main__",
     **{
         f"-m benchmarks.{name}": f"benchmarks.{name}"
@@ -211,7 +210,7 @@ def test_the_sampler_of_the_howto_is_of_second_order(howto, linear):
     errors = []
     for n in (20, 40, 80):
         times, sampler = np.linspace(1000, 200, n + 1).astype(int), samplers.make_sampler("adams", linear)
-        path, _ = samplers.follow(predict, sampler, times, jax.random.key(0), jnp.asarray(x, jnp.float32))
+        path, _ = samplers.run_sampler(predict, sampler, times, jax.random.key(0), jnp.asarray(x, jnp.float32))
         errors.append(np.abs(path[-1] - end).mean())
     orders = np.log2(np.divide(errors[:-1], errors[1:]))
     assert np.all((orders > 1.7) & (orders < 2.4)), orders

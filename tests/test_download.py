@@ -101,8 +101,8 @@ def gone(request, content):
     ("answer", "fragment"),
     [
         (half, "Connection broken|IncompleteRead"),
-        (half_untold, r"[\d,]+ bytes of [\d,]+ came"),
-        (other, "its checksum is another"),
+        (half_untold, r"got [\d,]+ bytes of [\d,]+"),
+        (other, "its checksum differs"),
         (stalls, "timed out"),
         (gone, "404"),
     ],

@@ -12,8 +12,9 @@ import pytest
 from conftest import SMALL
 
 from ddpm_jax import config as configs
-from ddpm_jax import convolutions, environment, errors, experiment, parallel
-from ddpm_jax.reports import dry_run
+from ddpm_jax import environment, errors, experiment, parallel
+from ddpm_jax.commands import dry_run
+from ddpm_jax.networks import convolutions
 
 WITHOUT_TPU = {name: value for name, value in os.environ.items() if not name.startswith(("TPU_", "ALLOW_MULTIPLE"))}
 
@@ -116,8 +117,8 @@ def test_nothing_is_told_to_a_tpu_that_is_there(monkeypatch, attached):
     ("name", "shape", "slow"),
     [
         ("celebahq256", (256, 256, 3), True),
-        ("lsun256", (256, 256, 3), True),
-        ("cifar10", (32, 32, 3), False),
+        pytest.param("lsun256", (256, 256, 3), True, marks=pytest.mark.slow),
+        pytest.param("cifar10", (32, 32, 3), False, marks=pytest.mark.slow),
         ("digits", (8, 8, 1), False),
     ],
 )
@@ -130,12 +131,12 @@ def test_large_images_have_no_minimal_filtering_in_a_dry_run_on_a_cpu(name, shap
         other = str(jax.make_jaxpr(lambda *args: parts.net(*args))(params, x, 1))
     assert (" same " in made) == (name != "digits")
     assert " same " not in other
-    assert math.isfinite(convolutions.WIDE)
+    assert math.isfinite(convolutions.MIN_CHANNELS)
 
 
 @pytest.mark.slow
 def test_a_dry_run_of_256x256_on_a_cpu_ends(script):
     done = script("train.py", "--config=configs/celebahq256.py", "--dry-run")
     assert done.returncode == 0, done.stderr
-    assert "direct convolutions in its place" in done.stdout
+    assert "direct convolutions are compiled instead" in done.stdout
     assert "dry run done without a step, nothing written" in done.stdout

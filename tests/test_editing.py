@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import editing, images, samplers, schedules
+from ddpm_jax import diffusion, editing, samplers, schedules
 
 MEAN, SPREAD = 0.2, 0.5
 
@@ -49,7 +49,7 @@ def test_encoding_and_decoding_are_right_to_first_order(name):
 
     def there_and_back(times):
         x_T = editing.encode(predict, sampler, schedule, times, x_0)
-        return x_T, samplers.follow(predict, sampler, times, jax.random.key(0), x_T)[0][-1]
+        return x_T, samplers.run_sampler(predict, sampler, times, jax.random.key(0), x_T)[0][-1]
 
     there, back = [], []
     for steps in (25, 50, 100):
@@ -88,7 +88,7 @@ def test_reconstruction_returns_the_picture(name):
     schedule, _ = CASES[name]
     x_0 = jnp.clip(picture(), -1, 1)
     (found,) = generated(schedule, editing.reconstruct(schedule, x_0), 200, 1)
-    error = np.abs(found.astype(int) - np.asarray(images.to_uint8(x_0)).astype(int))
+    error = np.abs(found.astype(int) - np.asarray(diffusion.to_uint8(x_0)).astype(int))
     assert error.mean() < 2  # grey levels of 255
     assert error.max() <= 6
 
@@ -149,7 +149,7 @@ def test_an_interpolation_starts_at_its_time_and_ends_clean(name, t):
     edit = editing.interpolate(schedule, t, jax.random.key(1), picture(), picture(seed=1), 5)
     _, way, _ = edit(samplers.ddim(schedule), times)
     assert way.dtype == times.dtype
-    assert way[0] == max(t, schedule.first)
+    assert way[0] == max(t, schedule.t_min)
     assert np.all(np.diff(way) < 0)
     np.testing.assert_array_equal(way[1:], times[times < way[0]])
 
@@ -157,7 +157,7 @@ def test_an_interpolation_starts_at_its_time_and_ends_clean(name, t):
 @pytest.mark.parametrize(("n", "jump", "repeats"), [(20, 5, 3), (20, 1, 4), (23, 10, 5), (20, 20, 7), (20, 50, 2)])
 def test_resampled_times_go_back_and_forth(n, jump, repeats):
     times = np.arange(n, -1, -1) * 7
-    way = editing.resampled(times, jump, repeats)
+    way = editing.resampling_times(times, jump, repeats)
     assert way[0] == times[0]
     assert way[-1] == 0
     assert np.sum(way == 0) == 1  # from clean data there is no way back
@@ -176,22 +176,22 @@ def test_resampled_times_go_back_and_forth(n, jump, repeats):
 
 def test_one_repeat_is_the_plain_way():
     times = CASES["linear"][0].times(50)
-    np.testing.assert_array_equal(editing.resampled(times, 10, 1), times)
-    assert editing.resampled(times, 10, 3).dtype == times.dtype
+    np.testing.assert_array_equal(editing.resampling_times(times, 10, 1), times)
+    assert editing.resampling_times(times, 10, 3).dtype == times.dtype
 
 
 @pytest.mark.parametrize("name", [*samplers.SAMPLERS, "dpmpp_2m and preview"])
 def test_known_pixels_are_kept_exactly(name):
     """By every sampler, whatever its memory; and what is painted is neither the known picture nor the mask."""
     schedule, _ = CASES["linear"]
-    known = images.to_unit(np.random.default_rng(0).integers(0, 256, (8, 8, 1)).astype(np.uint8))
+    known = diffusion.to_unit(np.random.default_rng(0).integers(0, 256, (8, 8, 1)).astype(np.uint8))
     mask = np.random.default_rng(1).random((8, 8, 1)) < 0.5
     edit = editing.inpaint(schedule, known, mask, 2, 2)
     name, *preview = name.split(" and ")
     wrap = samplers.with_preview if preview else lambda sampler: sampler
     (found,) = generated(schedule, edit, 6, 1, name, wrap=wrap)
-    np.testing.assert_array_equal(found[mask], images.to_uint8(known)[mask])
-    assert np.mean(found[~mask] != np.asarray(images.to_uint8(known))[~mask]) > 0.8
+    np.testing.assert_array_equal(found[mask], diffusion.to_uint8(known)[mask])
+    assert np.mean(found[~mask] != np.asarray(diffusion.to_uint8(known))[~mask]) > 0.8
 
 
 def test_a_step_up_has_the_forward_process_own_mean_and_variance():
@@ -228,7 +228,7 @@ def pair_denoiser(schedule, rho):
 def painted(schedule, rho, steps, jump, repeats, num=4000):
     """(known, painted) pixels of `num` images, the known one drawn from the data, standardised."""
     mask = jnp.array([True, False]).reshape(1, 2, 1)
-    times = editing.resampled(schedule.times(steps), jump, repeats)
+    times = editing.resampling_times(schedule.times(steps), jump, repeats)
     z = jnp.asarray(np.random.default_rng(0).normal(size=num), jnp.float32)
 
     def paint(key, z):
@@ -265,7 +265,7 @@ def repainted(rho, times):
 @pytest.mark.parametrize(("steps", "jump", "repeats"), [(50, 5, 1), (50, 5, 10), (100, 10, 4)])
 def test_painted_pixels_have_the_known_regression_on_the_kept_ones(steps, jump, repeats):
     schedule, num = CASES["linear"][0], 4000
-    slope, variance = repainted(0.8, editing.resampled(schedule.times(steps), jump, repeats))
+    slope, variance = repainted(0.8, editing.resampling_times(schedule.times(steps), jump, repeats))
     known, new = painted(schedule, 0.8, steps, jump, repeats, num)
     found, offset = np.polyfit(known, new, 1)
     scatter = 5 * np.sqrt(variance / num)
@@ -283,7 +283,7 @@ def test_resampling_makes_what_is_painted_fit_what_is_known(rho):
     """
     times = CASES["linear"][0].times
     plain, some, more = (
-        repainted(rho, editing.resampled(times(steps), 5, repeats))[0] / rho
+        repainted(rho, editing.resampling_times(times(steps), 5, repeats))[0] / rho
         for steps, repeats in ((250, 1), (250, 5), (1000, 20))
     )
     assert plain < 0.7 < some < more < 1

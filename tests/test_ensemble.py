@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import SMALL, assert_one_line, fingerprint, metrics
+from conftest import SMALL, assert_one_line, fingerprint, logged_metrics
 from PIL import Image
 
 from ddpm_jax import config as configs
@@ -36,12 +36,12 @@ def test_members_are_the_runs_of_their_seeds(script, tmp_path):
     for i in range(2):
         alone = trained(script, tmp_path / f"{i}", *SMALL, steps, "--cpu-devices=1", f"--config.train.seed={i}")
         for weights in ("ema", "raw"):
-            same(experiment.restore(both, weights, which=i)[1], experiment.restore(alone, weights)[1])
-        for row, own in zip(metrics(both), metrics(alone), strict=True):
+            same(experiment.restore(both, weights, member=i)[1], experiment.restore(alone, weights)[1])
+        for row, own in zip(logged_metrics(both), logged_metrics(alone), strict=True):
             assert row[f"loss_member_{i}"] == pytest.approx(own["loss"], rel=1e-5)
         grids = both / "samples" / f"step_000000014_member_{i}.png", alone / "samples" / "step_000000014.png"
         np.testing.assert_allclose(*(np.asarray(Image.open(grid)).astype(int) for grid in grids), atol=1)
-    row = metrics(both)[-1]
+    row = logged_metrics(both)[-1]
     assert row["loss"] == pytest.approx((row["loss_member_0"] + row["loss_member_1"]) / 2, rel=1e-6)
     trained(script, tmp_path / "parts", *TWO, "--config.train.steps=9")
     assert fingerprint(trained(script, tmp_path / "parts", *TWO, steps)) == fingerprint(both)
@@ -67,7 +67,7 @@ def test_members_with_their_own_scale_of_the_update(monkeypatch, platform):
     batches = {"index": np.zeros((3, 2, 4), np.int32), "image": np.zeros((3, 2, 4, 2, 2, 1), np.uint8)}
     roots = jnp.stack([jax.random.key(i) for i in range(3)])
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, **forms: forms[platform](*args))
-    states, found = jax.jit(training.steps_of_members(step))(states, batches, roots, scales)
+    states, found = jax.jit(training.ensemble_steps(step))(states, batches, roots, scales)
     np.testing.assert_allclose(states.params["w"], 1 + (1 - scales) ** 2 * (start - 1), rtol=1e-6)
     np.testing.assert_allclose(found["loss"][:, 1], 0.5 * ((1 - scales) * (start - 1)) ** 2, rtol=1e-5)
     assert states.step.tolist() == [2, 2, 2]
@@ -76,17 +76,17 @@ def test_members_with_their_own_scale_of_the_update(monkeypatch, platform):
 def test_a_member_is_a_config_of_its_own():
     config = options.replace(configs.Config(), {"train.ensemble": 2, "train.learning_rates": (1e-3, 1e-4)})
     parts = experiment.Experiment(config, *[None] * (len(experiment.Experiment._fields) - 1))
-    assert experiment.member(parts, 1).config == options.replace(configs.Config(), {"train.learning_rate": 1e-4})
+    assert experiment.member_config(parts.config, 1) == options.replace(configs.Config(), {"train.learning_rate": 1e-4})
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, learning_rates=(), seed=5))
-    assert experiment.member(parts._replace(config=config), 1).config.train.seed == 6
+    assert experiment.member_config(config, 1).train.seed == 6
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"train.learning_rates": (1e-3,)}, "has 1 numbers for train.ensemble=2 runs"),
-        ({"train.averages": (0.1,)}, "train.averages does not go with train.ensemble=2"),
-        ({"train.evaluate_every": 100}, "train.evaluate_every does not go with train.ensemble=2"),
+        ({"train.averages": (0.1,)}, "train.averages cannot be combined with train.ensemble=2"),
+        ({"train.evaluate_every": 100}, "train.evaluate_every cannot be combined with train.ensemble=2"),
     ],
 )
 def test_what_does_not_go_with_an_ensemble_is_refused(changes, message):

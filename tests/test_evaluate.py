@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from conftest import NUM, ROOT, T, make_run
 
-from ddpm_jax import keys, likelihood, reports
+from ddpm_jax import keys, likelihood
 from ddpm_jax.commands import evaluate
+from ddpm_jax.evaluation import likelihood as reports
 
 
 @pytest.fixture
@@ -140,7 +141,7 @@ def test_other_kinds_of_runs(tmp_path, script, variant):
     options = [f"--metrics={','.join(evaluations)}", "--ode-steps=4", "--steps=5", "--divergence=hutchinson"]
     code, _, err = script(f"--workdir={tmp_path}", "--num=8", *options)
     # Of twelve times without a signal at the last, the ODE begins at the eleventh.
-    told = "warning: pure noise is taken for x_t at t = 11 of 12" if variant == "no signal" else ""
+    told = "warning: pure noise is used for x_t at t = 11 of 12" if variant == "no signal" else ""
     assert code == 0
     assert err[: len(told) or None] == told
     report = json.loads((tmp_path / "evaluation.json").read_text())
@@ -200,7 +201,7 @@ def test_images_of_another_shape_and_values_not_finite(tmp_path, script, monkeyp
     assert (code, err) == (2, "error: the data have images of 8x8x1, the run was trained on 4x4x1\n")
     np.savez(tmp_path / "data.npz", images=images)
     broken = lambda params, root, row: {"index": row["index"], "total": 1 / (row["index"] - 9.0)}  # noqa: E731
-    monkeypatch.setattr(reports.likelihood, "make_measure", lambda *_: broken)
+    monkeypatch.setattr(reports, "make_measure", lambda *_: broken)
     code, _, err = script(f"--workdir={folder}", f"--num={NUM}")
     assert (code, err) == (5, "error: total of image 9 is not finite; nothing was written\n")
     assert not (folder / "evaluation.json").exists()

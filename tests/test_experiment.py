@@ -7,7 +7,7 @@ from conftest import TINY
 
 from ddpm_jax import config, editing, experiment, schedules
 from ddpm_jax.errors import ConfigError
-from ddpm_jax.reports import likelihood
+from ddpm_jax.evaluation import likelihood
 
 SHAPE = (8, 8, 1)
 
@@ -28,7 +28,7 @@ MISTAKES = {
     "eps of nothing": ({"zero_terminal_snr": True}, "leaves no signal at T"),
     "error in eps of nothing": (
         {"schedule": "jsd", "parameterization": "v"},
-        r"take v or x_0 with diffusion\.error=output",
+        r"use v or x_0 with diffusion\.error=output",
     ),
     "fault_30 a beta that leaves nothing": (
         {"T": 3, "betas": (0.1, 1.0, 0.2), "train": {"sample_steps": 3}},
@@ -50,7 +50,7 @@ def test_what_needs_training_is_refused_in_sampling():
     parts = made()
     for options, fragment in [
         ({"guidance": 2.0}, r"guidance=2 needs a model trained with diffusion\.label_dropout"),
-        ({"variance": "learned"}, "the model has not learned one"),
+        ({"variance": "learned"}, "the model was trained without a learned variance"),
         ({"variance": "large"}, "variance=large is not one of fixedsmall, fixedlarge, learned"),
         ({"limit": "hard"}, "limit=hard is not one of clip, dynamic, none"),
     ]:
@@ -88,7 +88,7 @@ def test_one_step_reaches_every_parameter():
     """The labels', the variance's and those behind zeros too, after three steps; and the average's."""
     train = {"batch_size": 8, "averages": (0.1,), "warmup_steps": 0}
     parts = made(train, {"num_classes": 3}, **EVERYTHING)
-    init_state, step = experiment.make_training(parts)
+    init_state, step = parts.init_state, parts.train_step
     state = init_state()
     images = np.random.default_rng(0).integers(0, 256, (8, *SHAPE), np.uint8)
     batch = {"index": np.arange(8), "image": images, "label": np.arange(8) % 3}
@@ -133,5 +133,5 @@ def test_a_start_from_noise_below_T_is_warned_of_wherever_it_can_be_chosen(recwa
         ),
         lambda: likelihood.make_plan(parts, ["nll"], 2, "leading"),
     ):
-        with pytest.warns(UserWarning, match=r"pure noise is taken for x_t at t = 501 of 1000, which keeps 7\.8%"):
+        with pytest.warns(UserWarning, match=r"pure noise is used for x_t at t = 501 of 1000, which keeps 7\.8%"):
             start()

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_sample_images
 
-from ddpm_jax import features
 from ddpm_jax.errors import CheckpointError, ConfigError, DataError
-from ddpm_jax.features import cache, enl0, inception, layers, torchfile
+from ddpm_jax.evaluation import features
+from ddpm_jax.evaluation.features import cache, enl0, inception, layers, torchfile
 
 has_weights = pytest.mark.skipif(importlib.util.find_spec(enl0.PACKAGE) is None, reason="needs the extra kid")
 
@@ -57,7 +57,7 @@ def test_photographs_are_told_apart():
     for photograph, label in zip(load_sample_images().images, (698, 985), strict=True):
         height, width, _ = photograph.shape
         square = photograph[:, (width - height) // 2 :][:, :height]
-        scores = tensors["_fc.weight"] @ classify(params, enl0.scaled(square, 224)) + tensors["_fc.bias"]
+        scores = tensors["_fc.weight"] @ classify(params, enl0.preprocess(square, 224)) + tensors["_fc.bias"]
         assert scores.argmax() == label
 
 
@@ -68,7 +68,7 @@ def test_a_folded_batch_norm_is_the_two_steps():
     tensors = {"conv.weight": weight} | {f"bn.{name}": value for name, value in norm.items()}
     h = np.einsum("hwi,oi->hwo", x, weight[:, :, 0, 0])
     h = (h - norm["running_mean"]) / np.sqrt(norm["running_var"] + 1e-3) * norm["weight"] + norm["bias"]
-    found = layers.convolve(x.astype(np.float32), layers.folded(tensors, "conv", "bn", ""))
+    found = layers.convolve(x.astype(np.float32), layers.fold_batch_norm(tensors, "conv", "bn", ""))
     np.testing.assert_allclose(found, h, rtol=1e-4, atol=1e-5)
 
 
@@ -89,7 +89,7 @@ def test_resize_of_tensorflow_1():
     np.testing.assert_allclose(inception.resize(column, 4)[:, 0, 0], [10, 20, 30, 30])
     ramp = np.arange(900.0)[:, None, None].repeat(900, 1)
     np.testing.assert_allclose(inception.resize(ramp, 300)[:, 0, 0], np.arange(300) * 3, atol=1e-3)
-    assert inception.scaled(np.full((2, 3, 1), 255, np.uint8)).max() == 127 / 128
+    assert inception.preprocess(np.full((2, 3, 1), 255, np.uint8)).max() == 127 / 128
 
 
 def test_mean_pool_does_not_count_padding():
@@ -101,7 +101,7 @@ def test_mean_pool_does_not_count_padding():
 def test_weights_that_cannot_be_used(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="features=vgg is not one of pixels, enl0, inception"):
         features.load("vgg")
-    with pytest.raises(ConfigError, match="need --inception=FILE"):
+    with pytest.raises(ConfigError, match="needs --inception=FILE"):
         features.load("inception")
     np.savez(tmp_path / "a.npz", a=np.zeros(3))
     with pytest.raises(CheckpointError, match=r"a.npz has no tensor Conv2d_1a_3x3.conv.weight"):
@@ -111,10 +111,10 @@ def test_weights_that_cannot_be_used(tmp_path, monkeypatch):
     tensors = {f"{name}.{part}": np.ones(1) for name in inception.STEM + names for part in parts}
     tensors |= {f"{name}.conv.weight": np.ones((1, 1, 3, 3)) for name in inception.STEM + names}
     np.savez(tmp_path / "b.npz", **tensors)
-    with pytest.raises(CheckpointError, match=r"b.npz have other shapes than Inception's"):
+    with pytest.raises(CheckpointError, match=r"b.npz do not have Inception's shapes"):
         features.load("inception", str(tmp_path / "b.npz"))
     monkeypatch.setattr(enl0, "find", lambda: tmp_path / "a.npz")
-    with pytest.raises(CheckpointError, match="has the SHA-256"):
+    with pytest.raises(CheckpointError, match="has SHA-256"):
         features.load("enl0")
     monkeypatch.undo()
     monkeypatch.setattr(enl0, "PACKAGE", "not_installed")
@@ -137,7 +137,7 @@ def made(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "extract", extract)
     images = np.random.default_rng(0).integers(0, 256, (2500, 2, 2, 1), np.uint8)
     extractor = features.load("pixels")._replace(sha256="1")
-    return extractor, images, lambda *given: cache.reference(*given, WHERE, tmp_path, 512)[0], lambda: sum(looked)
+    return extractor, images, lambda *given: cache.cached_features(*given, WHERE, tmp_path, 512)[0], lambda: sum(looked)
 
 
 def test_features_are_kept_and_used_again(made, capsys):
@@ -192,4 +192,4 @@ def test_sets_of_other_sources_and_sizes_are_kept_side_by_side(made):
 def test_a_folder_that_cannot_be_written(made):
     extractor, images, _, _ = made
     with pytest.raises(DataError, match=r"cannot write to data\.cache_dir=/proc/none"):
-        cache.reference(extractor, images, WHERE, "/proc/none")
+        cache.cached_features(extractor, images, WHERE, "/proc/none")

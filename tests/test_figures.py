@@ -123,7 +123,7 @@ def test_the_forward_process_has_its_mean_and_variance():
     x_0[:, :4] = -1
     times = np.array([0, 100, 300, 1000])
     bar = np.append(1, np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)))[times]
-    x_t = np.asarray(strips.noised(schedule, x_0, times, jax.random.key(0)), np.float64)
+    x_t = np.asarray(strips.noise_images(schedule, x_0, times, jax.random.key(0)), np.float64)
     np.testing.assert_allclose(x_t.mean((1, 2, 3, 4)), np.sqrt(bar) / 2, atol=0.03)
     np.testing.assert_allclose(x_t.var((1, 2, 3, 4)), 0.75 * bar + 1 - bar, rtol=0.03)
     eps = (x_t - np.sqrt(bar)[:, None, None, None, None] * x_0)[1:] / np.sqrt(1 - bar[1:])[:, None, None, None, None]
@@ -150,8 +150,8 @@ def test_times_under_the_frames(steps):
     clock = samplers.Sampler(lambda x: x, lambda predict, key, x, t, s, memory: (x * 0 + s, x * 0 + t))
     for preview in (False, True):
         view = (lambda x, memory: memory) if preview else (lambda x, memory: x)
-        path, _ = samplers.follow(None, clock, times, jax.random.key(0), np.float32([0]), 40, view)
-        np.testing.assert_array_equal(strips.shown(times, 40, preview), path[:, 0])
+        path, _ = samplers.run_sampler(None, clock, times, jax.random.key(0), np.float32([0]), 40, view)
+        np.testing.assert_array_equal(strips.frame_times(times, 40, preview), path[:, 0])
 
 
 def test_a_strip_is_drawn_over_its_times():

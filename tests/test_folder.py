@@ -221,12 +221,13 @@ def test_fault_55_a_name_of_several_lines(album):
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf8", "latin1"])
 def test_fault_55_a_name_that_the_output_cannot_show(encoding):
-    code = "import os; from ddpm_jax.log import note; note(os.fsdecode('\u65e5'.encode() + bytes([255])))"
+    code = "import os; from ddpm_jax.run.log import note; note(os.fsdecode('\u65e5'.encode() + bytes([255])))"
     environment = os.environ | {"PYTHONIOENCODING": f"{encoding}:strict", "PYTHONUTF8": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True)
     assert done.stdout.decode(encoding) == ("\u65e5" if encoding == "utf8" else "\\u65e5") + "\\udcff\n"
 
 
+@pytest.mark.slow
 def test_fault_55_many_files(album):
     """20,000, in the order of their numbers, whichever was written first."""
     folder, load_album = album

@@ -12,9 +12,10 @@ import pytest
 from conftest import ROOT, SMALL
 from PIL import Image
 
-from ddpm_jax import checkpoint, experiment, options, program
 from ddpm_jax import config as configs
+from ddpm_jax import experiment, options, program
 from ddpm_jax.commands import sample, train
+from ddpm_jax.run import checkpoint
 
 KEEP = "\nimport pickle, jax; pickle.dump((jax.device_get(state.ema_params), samples), open('made', 'wb'))\n"
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax.files import write_atomic
-from ddpm_jax.images import grid, save_gif, save_png, to_uint8, to_unit
+from ddpm_jax.diffusion import to_uint8, to_unit
+from ddpm_jax.images import grid, save_gif, save_png
+from ddpm_jax.run.files import write_atomic
 
 
 def noise(*shape, high=256):

@@ -19,11 +19,13 @@ import pytest
 from conftest import LEAST, SMALL, fingerprint
 
 from ddpm_jax import __main__ as program
-from ddpm_jax import errors, files, parallel, signals
-from ddpm_jax.commands import train
+from ddpm_jax import errors, parallel
+from ddpm_jax.commands import loop, train
 from ddpm_jax.errors import ConfigError, Diverged
+from ddpm_jax.parallel import devices
+from ddpm_jax.run import files, signals
 
-MAINS = ["ddpm_jax.checkpoint", "ddpm_jax.commands.train", "ddpm_jax.commands.sample", "ddpm_jax.commands.evaluate"]
+MAINS = ["ddpm_jax.run.__main__", "ddpm_jax.commands.train", "ddpm_jax.commands.sample", "ddpm_jax.commands.evaluate"]
 MAINS += [f"ddpm_jax.{name}.__main__" for name in ("data", "plots", "schedules")]
 MAINS += ["benchmarks.__main__", *(f"benchmarks.{name}" for name in ("checkpoints", "ensemble", "maps", "peers"))]
 MAINS += [f"benchmarks.{name}" for name in ("samplers", "scale", "variants")]
@@ -45,7 +47,7 @@ def test_the_first_word_is_the_command(argv):
 
 
 def test_one_text_is_no_list_of_options():
-    with pytest.raises(ConfigError, match=r"options are a list, .* not the one text '--workdir=a --num=3'"):
+    with pytest.raises(ConfigError, match=r"options must be a list, .* not the string '--workdir=a --num=3'"):
         program.main("--workdir=a --num=3")
 
 
@@ -75,7 +77,7 @@ def start(tmp_path, monkeypatch):
     given = [*net, f"--config.data.source=npz:{tmp_path / 'data.npz'}", "--config.train.batch_size=16"]
 
     def run(body, *argv):
-        monkeypatch.setattr(train, "train", lambda *args, **kwargs: body())
+        monkeypatch.setattr(loop, "train", lambda *args, **kwargs: body())
         return train.main([f"--workdir={tmp_path / 'run'}", *given, *argv])
 
     return run
@@ -156,8 +158,8 @@ def test_fault_87_other_processes_than_those_joined(monkeypatch, distributed, fi
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     monkeypatch.setattr(jax, "process_count", lambda: 3)
-    monkeypatch.setattr(parallel, "gather", lambda text: [text] * 3)
-    monkeypatch.setattr(parallel, "make_agree", lambda: lambda code: code)
+    monkeypatch.setattr(devices, "gather", lambda text: [text] * 3)
+    monkeypatch.setattr(devices, "make_agreement", lambda: lambda code: code)
     wrong = pytest.raises(ConfigError, match=r"this process is already number 1 of 3; --distributed=.* needs a new one")
     with contextlib.nullcontext() if fits else wrong:
         parallel.start(16, distributed=distributed)
@@ -176,7 +178,7 @@ def test_fault_88_training_in_a_thread(start):
         thread.start()
         thread.join()
 
-    with pytest.warns(UserWarning, match="to the main thread alone: none saves and ends what runs here"):
+    with pytest.warns(UserWarning, match="to the main thread only: here none can save and stop"):
         in_a_thread()
     assert codes == [5]
 
@@ -211,7 +213,7 @@ def test_fault_87_the_cells_of_a_notebook(trained, environment, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("\n") == 2, done.stderr  # one warning, and the line that caused it
-    assert "UserWarning: Python tells signals to the main thread alone" in done.stderr
+    assert "UserWarning: Python delivers signals to the main thread only" in done.stderr
     assert fingerprint(tmp_path / "run") == fingerprint(trained)
     starts = json.loads((tmp_path / "run" / "run.json").read_text())
     own = [f"--workdir={tmp_path / 'run'}", *small]
@@ -243,7 +245,7 @@ PLACES = {
     "ddpm_jax.data.__main__": ["npz:~/a.npz", "folder:~/a", "--data-dir=~/a", "--cache-dir=~/a", "--out=~/a.png"],
     "ddpm_jax.plots.__main__": ["~/a", "--out=~/a"],
     "ddpm_jax.schedules.__main__": ["--out=~/a.png"],
-    "ddpm_jax.checkpoint": ["~/a"],
+    "ddpm_jax.run.__main__": ["~/a"],
 }
 
 
@@ -259,7 +261,7 @@ def test_fault_89_a_place_at_home_without_a_home(run, homeless, tmp_path, name, 
     if option.endswith("folder:~/a"):
         argv.append("--config.data.image_size=8" if name.endswith("train") else "--image-size=8")
     main = importlib.import_module(name).main
-    with pytest.raises(ConfigError, match=r"~/a.* begins with ~, for which no folder is known here"):
+    with pytest.raises(ConfigError, match=r"~/a.* begins with ~, but there is no such home folder"):
         main(argv)
 
 

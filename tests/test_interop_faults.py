@@ -11,10 +11,11 @@ from conftest import assert_same_trees, random_params, small_experiment
 from published import RELEASED, WEIGHTS
 from safetensors.numpy import load_file, save_file
 
-from ddpm_jax import checkpoint, experiment
+from ddpm_jax import experiment
 from ddpm_jax.errors import CheckpointError, ConfigError
 from ddpm_jax.interop import __main__ as interop
 from ddpm_jax.interop import released, tensors
+from ddpm_jax.run import checkpoint
 
 
 @pytest.fixture
@@ -28,44 +29,44 @@ def edit(file, **changes):
 
 
 UNET_REFUSALS = [
-    ({"act_fn": "mish"}, 'UNet2DModel with act_fn="mish" cannot be taken; only "silu" or "swish" can'),
-    ({"center_input_sample": True}, "center_input_sample=true cannot be taken; only false can"),
-    ({"time_embedding_type": "fourier"}, 'time_embedding_type="fourier" .* only "positional" can'),
-    ({"freq_shift": 2}, "freq_shift=2 cannot be taken; only 0 or 1 can"),
-    ({"downsample_padding": 2}, "downsample_padding=2 .* only 0 or 1 can"),
+    ({"act_fn": "mish"}, 'UNet2DModel with act_fn="mish" is not supported; only "silu" or "swish" is'),
+    ({"center_input_sample": True}, "center_input_sample=true is not supported; only false is"),
+    ({"time_embedding_type": "fourier"}, 'time_embedding_type="fourier" .* only "positional" is'),
+    ({"freq_shift": 2}, "freq_shift=2 is not supported; only 0 or 1 is"),
+    ({"downsample_padding": 2}, "downsample_padding=2 .* only 0 or 1 is"),
     ({"downsample_type": "resnet"}, 'downsample_type="resnet"'),
     ({"upsample_type": "resnet"}, 'upsample_type="resnet"'),
-    ({"mid_block_scale_factor": 1.4}, "mid_block_scale_factor=1.4 cannot be taken; only 1 can"),
+    ({"mid_block_scale_factor": 1.4}, "mid_block_scale_factor=1.4 is not supported; only 1 is"),
     ({"mid_block_type": None}, "mid_block_type=null"),
     ({"add_attention": False}, "add_attention=false"),
     ({"class_embed_type": "timestep"}, 'class_embed_type="timestep"'),
-    ({"num_class_embeds": 10}, "num_class_embeds=10 cannot be taken; only null can"),
+    ({"num_class_embeds": 10}, "num_class_embeds=10 is not supported; only null is"),
     ({"resnet_time_scale_shift": "spatial"}, 'resnet_time_scale_shift="spatial" .* only "default" or "scale_shift"'),
-    ({"resnet_time_scale_shift": "scale_shift"}, "attn_norm_num_groups=null cannot be taken; only 2 can"),
-    ({"attn_norm_num_groups": 4}, "attn_norm_num_groups=4 cannot be taken; only 2 can"),
-    ({"time_embedding_dim": 99}, "time_embedding_dim=99 cannot be taken; only 16 can"),
+    ({"resnet_time_scale_shift": "scale_shift"}, "attn_norm_num_groups=null is not supported; only 2 is"),
+    ({"attn_norm_num_groups": 4}, "attn_norm_num_groups=4 is not supported; only 2 is"),
+    ({"time_embedding_dim": 99}, "time_embedding_dim=99 is not supported; only 16 is"),
     ({"block_out_channels": [4, 10]}, r"block_out_channels=\[4, 10\] .* multiple of the first"),
-    ({"down_block_types": ["SkipDownBlock2D", "DownBlock2D"]}, "down_block_types=.* only 2 of DownBlock2D or Attn"),
-    ({"up_block_types": ["AttnUpBlock2D"]}, "up_block_types=.* only 2 of UpBlock2D or AttnUpBlock2D can"),
+    ({"down_block_types": ["SkipDownBlock2D", "DownBlock2D"]}, "down_block_types=.* needs 2 of DownBlock2D or Attn"),
+    ({"up_block_types": ["AttnUpBlock2D"]}, "up_block_types=.* needs 2 of UpBlock2D or AttnUpBlock2D"),
     (
         {"up_block_types": ["UpBlock2D", "AttnUpBlock2D"]},
-        r"at the levels \[1\] on the way down and \[0\] on the way up",
+        r"attention at levels \[1\] on the way down and \[0\] on the way up",
     ),
     ({"sample_size": None}, "sample_size=null: write the side"),
-    ({"sample_size": "8"}, "sample_size=8 with in_channels=3 cannot be taken"),
-    ({"in_channels": 4, "out_channels": 4}, "in_channels=4 cannot be taken; only 1 or 3 channels can"),
+    ({"sample_size": "8"}, "sample_size=8 with in_channels=3 is not supported"),
+    ({"in_channels": 4, "out_channels": 4}, "in_channels=4 is not supported; only 1 or 3 channels are"),
     ({"out_channels": 6}, "out_channels=6 does not go with in_channels=3 and variance_type=fixed_large, .* need 3"),
     ({"attention_head_dim": 3}, "head_channels=3 does not divide the 8 channels"),
     ({"layers_per_block": "two"}, "model.num_res_blocks=two is not a whole number"),
     ({"block_out_channels": ["a", "b"]}, "the configs hold a value of the wrong kind"),
     ({"block_out_channels": []}, "the configs hold a value of the wrong kind"),
-    ({"resnet_skip": True, "other": 1}, "UNet2DModel with resnet_skip=true, other=1 cannot be taken: no such key is"),
-    ({"_class_name": "UNet2DConditionModel"}, "_class_name=UNet2DConditionModel cannot be taken; only a UNet2DModel"),
+    ({"resnet_skip": True, "other": 1}, "UNet2DModel with resnet_skip=true, other=1 is not supported: unknown key"),
+    ({"_class_name": "UNet2DConditionModel"}, "_class_name=UNet2DConditionModel is not supported; only a UNet2DModel"),
 ]
 
 
 SCHEDULER_REFUSALS = [
-    ({"variance_type": "learned"}, 'variance_type="learned" cannot be taken; only "fixed_small"'),
+    ({"variance_type": "learned"}, 'variance_type="learned" is not supported; only "fixed_small"'),
     ({"variance_type": "learned_range"}, "out_channels=3 does not go with .*variance_type=learned_range, .* need 6"),
     ({"prediction_type": "flow"}, 'prediction_type="flow"'),
     ({"thresholding": True}, "thresholding=true"),
@@ -77,8 +78,8 @@ SCHEDULER_REFUSALS = [
     ({"beta_end": 1.5}, "diffusion.betas=.* must be a list, each above 0 and at most 1"),
     ({"beta_start": "small"}, "the configs hold a value of the wrong kind"),
     ({"rescale_betas_zero_snr": True}, "leaves no signal at T, where diffusion.parameterization=eps"),
-    ({"predict_epsilon": False}, "DDPMScheduler with predict_epsilon=false cannot be taken: no such key is known"),
-    ({"_class_name": "PNDMScheduler"}, "_class_name=PNDMScheduler cannot be taken; only a DDPMScheduler can"),
+    ({"predict_epsilon": False}, "DDPMScheduler with predict_epsilon=false is not supported: unknown key"),
+    ({"_class_name": "PNDMScheduler"}, "_class_name=PNDMScheduler is not supported; only a DDPMScheduler is"),
 ]
 
 
@@ -132,8 +133,8 @@ def test_an_average_in_the_folders_of_a_training_run(folder, tmp_path):
     noise = shutil.copy(folder / "scheduler_config.json", tmp_path / "theirs" / "scheduler")
     found = released.read(checkpoint / "unet_ema")
     assert found.config == wanted.config
-    assert found.notes == [f"the noise is that of {noise}"]
-    average = f"{checkpoint}/unet_ema, an average of the parameters, is left out; import that folder to take it instead"
+    assert found.notes == [f"the noise schedule is from {noise}"]
+    average = f"{checkpoint}/unet_ema, an average of the parameters, is ignored; import that folder to use it instead"
     assert released.read(checkpoint).notes == [*found.notes, average]
 
 
@@ -156,15 +157,15 @@ def test_tensors_that_do_not_fit_are_named(call, folder, tmp_path):
     broken(folder, change)
     code, _, said = call(interop, "import", folder, f"--workdir={tmp_path / 'run'}")
     assert code == 4
-    assert "conv_in.weight is [4, 3, 3, 2] there, [4, 3, 3, 3] in the network" in said
-    assert "extra.weight is no part of the network" in said
+    assert "conv_in.weight has shape [4, 3, 3, 2] in the file, [4, 3, 3, 3] in the network" in said
+    assert "extra.weight is not in the network" in said
     assert "mid_block.attentions.0.to_q.bias is missing" in said
     edit(folder / "config.json", layers_per_block=2)
     assert_matches("(is missing; .*){5}; and [0-9]+ more$", call(interop, "import", folder, "--workdir=x")[2].strip())
     broken(folder, lambda arrays: arrays.update({"mid_block.attentions.0.to_k.bias": np.zeros(8, np.float32)}))
     edit(folder / "config.json", layers_per_block=1)
     said = call(interop, "import", folder, "--workdir=x")[2]
-    assert "mid_block.attentions.0.key.bias is no part of the network" in said
+    assert "mid_block.attentions.0.key.bias is not in the network" in said
 
 
 def test_matrices_may_be_convolutions_of_one_pixel(folder, imported):
@@ -175,7 +176,7 @@ def test_matrices_may_be_convolutions_of_one_pixel(folder, imported):
     broken(folder, change)
     found = released.read(folder)
     parts = experiment.make(found.config, found.shape)
-    params = tensors.fit(found.arrays, experiment.params_shape(parts), found.spelling, "")
+    params = tensors.to_params(found.arrays, experiment.params_shape(parts), found.format, "")
     assert_same_trees(params, experiment.restore(imported["old"], "ema")[1])
 
 
@@ -185,12 +186,12 @@ def test_half_precision_becomes_float32_with_a_note(folder):
         half = whole.astype(kind)
         broken(folder, lambda arrays, half=half: arrays.update({"conv_in.weight": half}))
         found = released.read(folder)
-        assert found.notes == [f"1 tensors of {name} became float32"]
+        assert found.notes == [f"1 tensors converted from {name} to float32"]
         assert found.arrays["conv_in.weight"].dtype == np.float32
         np.testing.assert_array_equal(found.arrays["conv_in.weight"], half.astype(np.float32))
         shutil.copy(RELEASED / "old" / WEIGHTS, folder)
     broken(folder, lambda arrays: arrays.update({"conv_in.bias": np.zeros(4)}))
-    with pytest.raises(CheckpointError, match=r"holds other than F32, F16, BF16: conv_in\.bias is F64"):
+    with pytest.raises(CheckpointError, match=r"has types other than F32, F16, BF16: conv_in\.bias is F64"):
         released.read(folder)
 
 
@@ -201,7 +202,7 @@ def test_values_that_are_not_finite_are_refused(call, folder):
     broken(folder, change)
     code, _, said = call(interop, "import", folder, "--workdir=x")
     assert code == 4
-    assert_matches("not finite, in conv_(in|out).bias, conv_(in|out).bias\n", said)
+    assert_matches("non-finite values in conv_(in|out).bias, conv_(in|out).bias\n", said)
 
 
 def test_files_that_cannot_be_read(call, folder, tmp_path):
@@ -216,12 +217,15 @@ def test_files_that_cannot_be_read(call, folder, tmp_path):
     (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.fp16.safetensors")
     assert f"there is no {WEIGHTS} in {folder}; there is diffusion_pytorch_model.fp16.safetensors" in said(4)
     (folder / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x04N.")
-    assert "diffusion_pytorch_model.bin is a pickle, which can run code and is not read; convert it" in said(4)
+    assert (
+        "diffusion_pytorch_model.bin is a pickle, which can run code, and is not read; if you trust it, convert it"
+        in said(4)
+    )
     assert "model.ckpt is a pickle" in said(4, folder / "model.ckpt")
     (folder / f"{WEIGHTS}.index.json").write_text("{}")
-    assert "are in several files; save them as one" in said(4)
+    assert "are sharded; save them as one file" in said(4)
     (folder / "model_index.json").write_text('{"_class_name": "LDMPipeline"}')
-    assert "tells of a LDMPipeline; only a DDPMPipeline can be taken" in said(2)
+    assert "describes a LDMPipeline; only a DDPMPipeline is supported" in said(2)
     (folder / "model_index.json").unlink()
     (folder / "config.json").write_text("{")
     assert f"cannot read {folder / 'config.json'}: " in said(2)
@@ -248,7 +252,7 @@ def test_a_single_file_is_checked(call, run, tmp_path):
         assert "is damaged: its checksum differs" in said
     code, _, said = call(interop, "import", RELEASED / "old" / WEIGHTS, "--workdir=x")
     assert code == 2
-    assert "has no ddpm_jax config inside; of diffusers' layout give the folder" in said
+    assert "contains no ddpm_jax config; for diffusers' layout give the folder" in said
 
 
 EXPORT_REFUSALS = [
@@ -256,7 +260,7 @@ EXPORT_REFUSALS = [
     ({"self_conditioning": True}, "diffusion.self_conditioning"),
     ({"schedule": "cosine_logsnr"}, "diffusion.schedule=cosine_logsnr, a continuous one"),
     ({"base_resolution": 8}, "diffusion.base_resolution=8"),
-    ({"model": {"multipliers": (2, 2)}}, "model.multipliers=2,2, the first not being 1"),
+    ({"model": {"multipliers": (2, 2)}}, "model.multipliers=2,2, whose first is not 1"),
     ({"model": {"multipliers": (1, 2), "num_heads": 2, "attention_resolutions": (4,)}}, "model.num_heads=2 where"),
     ({"model": {"multipliers": (1, 9), "groups": "auto"}}, "model.groups=auto, which here means 4, 8, 18, 20, 24"),
 ]
@@ -266,7 +270,7 @@ EXPORT_REFUSALS = [
 @pytest.mark.parametrize(("options", "message"), EXPORT_REFUSALS, ids=[message for _, message in EXPORT_REFUSALS])
 def test_what_diffusers_cannot_say_is_not_exported(tmp_path, options, message):
     parts = small_experiment(**options)
-    refusal = f"diffusers' layout has no word for {message}.*; export to a FILE.safetensors"
+    refusal = f"diffusers' layout cannot express {message}.*; export to a FILE.safetensors"
     with pytest.raises(ConfigError, match=refusal):
         released.write(tmp_path / "out", parts, random_params(parts.init))
     assert not (tmp_path / "out").exists()
@@ -277,7 +281,7 @@ def test_nothing_is_overwritten_unasked(call, imported, tmp_path):
     (workdir / "metrics.jsonl").write_text('{"step": 5}\n')
     code, _, said = call(interop, "import", other, f"--workdir={workdir}")
     assert code == 2
-    assert "already holds a run; take another --workdir, or say --overwrite" in said
+    assert "already holds a run; use another --workdir, or add --overwrite" in said
     assert call(interop, "import", other, f"--workdir={workdir}", "--overwrite")[0] == 0
     assert not (workdir / "metrics.jsonl").exists()
     assert checkpoint.steps(workdir / "checkpoints") == [0]
@@ -286,7 +290,7 @@ def test_nothing_is_overwritten_unasked(call, imported, tmp_path):
         assert call(interop, "export", workdir, out)[0] == 0
         code, _, said = call(interop, "export", workdir, out)
         assert code == 2
-        assert "already exists; take another --path, or say --overwrite" in said
+        assert "already exists; use another --path, or add --overwrite" in said
         assert call(interop, "export", workdir, out, "--overwrite")[0] == 0
 
 

@@ -150,7 +150,7 @@ def test_decoding_can_be_interrupted(album, counted, monkeypatch):
             yield item
 
     with monkeypatch.context() as patch:
-        patch.setattr(maps, "progress", interrupted)
+        patch.setattr(maps, "progress_bar", interrupted)
         with pytest.raises(KeyboardInterrupt):
             load_album()
     assert len(counted) < 500
@@ -219,6 +219,7 @@ def start(album, tmp_path):
         process.communicate()
 
 
+@pytest.mark.slow
 def test_several_processes_decode_once(album, tmp_path, start):
     folder, _ = album
     processes = [start() for _ in range(3)]

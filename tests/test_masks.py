@@ -25,11 +25,11 @@ def test_fault_86_a_mask_that_does_not_fit_is_refused(tmp_path, capsys):
     clear.putalpha(half((12, 8)))
     deep = Image.fromarray(np.asarray(half((12, 8)), np.uint16))  # 0 and 255 of 65535
     for mask, options, told in (
-        (half((8, 12)), {}, f"--inpaint={known} is 12x8, --mask={path} 8x12: other parts"),
+        (half((8, 12)), {}, f"--inpaint={known} is 12x8, --mask={path} 8x12: they would"),
         (
             half((12, 8)),
             {"exif": turned},
-            "8x12: other parts of them would be cut for the model's 4x4",
+            "8x12: they would be cropped differently to the model's 4x4",
         ),
         (clear, {}, "has transparent parts; save it as black (kept) and white, opaque"),
         (half((12, 8), 1), {}, "is all black, so that nothing is painted (levels 0 to 1 of 255)"),
@@ -50,4 +50,4 @@ def test_fault_86_a_mask_that_does_not_fit_is_refused(tmp_path, capsys):
         sample.read_mask(path, known, (8, 12), shape)
     capsys.readouterr()
     sample.read(known, shape)
-    assert capsys.readouterr().out == f"of {known}, 12x8, the central 8x8 are taken\n"
+    assert capsys.readouterr().out == f"{known}, 12x8, is cropped to its central 8x8\n"

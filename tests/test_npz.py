@@ -67,11 +67,11 @@ GRAY = np.zeros((3, 4, 4), np.uint8)
         pytest.param({"images": GRAY.astype(np.int64) + 7}, "int64 from 7 to 7.*as uint8", id="fault_57 int64"),
         ({"data": GRAY}, "no array 'images'; it has data"),
         ({"arr_0": GRAY, "arr_1": np.arange(3), "arr_2": GRAY}, "no array 'images'; it has arr_0, arr_1, arr_2"),
-        ({"arr_0": GRAY, "arr_1": GRAY}, r"arr_1 of a\.npz are uint8 of shape \(3, 4, 4\), not whole numbers, one for"),
+        ({"arr_0": GRAY, "arr_1": GRAY}, r"arr_1 of a\.npz are uint8 of shape \(3, 4, 4\), not 3 integers"),
         ({"arr_0": GRAY / 255}, r"arr_0 of a\.npz are float64 from 0\.0 to 0\.0; scale"),
         ({"images": GRAY[0]}, r"shape \(4, 4\)"),
         ({"images": GRAY[..., None].repeat(4, 3)}, r"shape \(3, 4, 4, 4\)"),
-        ({"images": GRAY, "labels": np.arange(2)}, r"labels.*shape \(2,\).*3 images"),
+        ({"images": GRAY, "labels": np.arange(2)}, r"labels.*shape \(2,\).*3 integers"),
         ({"images": GRAY[:0]}, "no images"),
     ],
 )

@@ -7,7 +7,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from ddpm_jax import checkpoint, environment
+from ddpm_jax import environment
+from ddpm_jax.run import checkpoint
 
 # The sum of squares of each of n rows, of which the last is n - 1, after a product with the identity, as float64 has it
 # (the reproduction of jax-ml/jax issue 39103).

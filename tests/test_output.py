@@ -15,12 +15,13 @@ from conftest import ROOT
 # A script that prints in every way that ours do, writes a file, and ends well (0) or with an error of ours (3).
 TALK = """
 import sys, warnings
-from ddpm_jax import errors, log
+from ddpm_jax import errors
+from ddpm_jax.run import log
 def main(argv):
     folder, fails = sys.argv[1:]
     log.note("a note")
     warnings.warn("it is late")
-    assert list(log.progress(iter(range(3)), 3, "items")) == [0, 1, 2]
+    assert list(log.progress_bar(iter(range(3)), 3, "items")) == [0, 1, 2]
     writer = log.open_log(folder, 0, 3)
     for step in (1, 2, 3):
         writer.write({"step": step, "loss": 0.5, "skipped": 0, "seconds_per_step": None})
@@ -138,7 +139,7 @@ def test_fault_76_a_terminal_of_any_kind(tmp_path, terminal):
 
 BAR = """
 import sys
-from ddpm_jax import log
+from ddpm_jax.run import log
 writer = log.open_log(sys.argv[1], 40, 2000)
 row = {"step": 80, "loss": 0.0866, "skipped": 2, "seconds_per_step": 0.5, "images_per_second": 1536.4}
 writer.write(row | {"grad_norm": 7.0, "learning_rate": 3e-4})
@@ -180,6 +181,7 @@ def test_fault_76_help_on_a_small_terminal():
         assert "--workdir" in done.stdout
 
 
+@pytest.mark.slow
 def test_fault_76_sampling_with_nothing_to_print_to(run, script, tmp_path):
     done = script("sample.py", f"--workdir={run[0]}", f"--out={tmp_path}", "--num=3", shell="exec >&- 2>&-;")
     assert done.returncode == 0
@@ -195,7 +197,7 @@ def test_fault_76_every_command_without_a_reader(environment, tmp_path, redirect
         f"train.py {workdir} {model} --config.train.steps=3 --config.train.sample_num=2 --config.train.sample_steps=2",
         f"sample.py {workdir} --num=2 --steps=2",
         f"evaluate.py {workdir} --num=2 --steps=2",
-        f"-m ddpm_jax.checkpoint {tmp_path}/run",
+        f"-m ddpm_jax.run {tmp_path}/run",
         f"sample.py {workdir} --num=2",
     ]
     for command in commands:

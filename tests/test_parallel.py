@@ -8,10 +8,11 @@ import pytest
 from conftest import TINY, assert_one_line, make_run, random_params
 from train_steps import ROOT, batch_of, one_parameter, pull, run
 
-from ddpm_jax import checkpoint, diffusion, experiment, parallel, training, unet
 from ddpm_jax import config as configs
-from ddpm_jax.commands import evaluate, sample
-from ddpm_jax.reports import dry_run
+from ddpm_jax import diffusion, experiment, parallel, training
+from ddpm_jax.commands import dry_run, evaluate, sample
+from ddpm_jax.networks import unet
+from ddpm_jax.run import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +48,8 @@ def test_fault_62_sgd_gradient_and_all_replicas_are_the_same_on_1_2_and_8_device
             np.testing.assert_allclose(a, b, atol=1e-6 * max(1, scale))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "loss_aware")) for name in training.TIME_SAMPLINGS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", training.TIME_SAMPLINGS)
 def test_times_are_the_same_on_1_2_and_8_devices(name):
     """The gradient of w u is u, so that one step of SGD tells the mean of all u."""
 
@@ -87,7 +87,7 @@ def test_several_steps_in_a_call_are_the_steps_one_by_one(monkeypatch, backend):
         losses.append(float(metrics["loss"]))
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     stacked = jax.tree.map(lambda *x: np.stack([part.reshape(2, 4, *part.shape[1:]) for part in x], 1), *batches)
-    mapped = parallel.pmap_step(training.several_steps(step), jax.devices()[:2])
+    mapped = parallel.pmap_step(training.scan_steps(step), jax.devices()[:2])
     found, metrics = mapped(start, stacked, ROOT)
     assert int(found.step) == 3
     np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-6)

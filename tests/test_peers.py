@@ -245,7 +245,7 @@ def test_the_times_of_repaint(linear, steps, jump, repeats):
     rising = np.diff(times) > 0
     within = np.insert(rising[1:] & rising[:-1], 0, False)  # neither the foot nor the top of a way up
     his = np.append(times[np.append(~within, True)], 0)
-    np.testing.assert_array_equal(editing.resampled(linear.times(steps, "leading"), jump, repeats), his)
+    np.testing.assert_array_equal(editing.resampling_times(linear.times(steps, "leading"), jump, repeats), his)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from ddpm_jax import evaluation, features
-from ddpm_jax.features import enl0, inception, torchfile
+from ddpm_jax.evaluation import features, metrics
+from ddpm_jax.evaluation.features import enl0, inception, torchfile
 
 pytestmark = pytest.mark.peers
 
@@ -65,7 +65,9 @@ def test_images_of_any_size_are_resized_as_in_torch_fidelity(shape):
     image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     rgb = planes(np.repeat(image[None], 3 if shape[-1] == 1 else 1, -1)).float()
     theirs = module.interpolate_bilinear_2d_like_tensorflow1x(rgb, size=(299, 299), align_corners=False)
-    np.testing.assert_allclose(128 * inception.scaled(image) + 128, np.moveaxis(theirs[0].numpy(), 0, -1), atol=1e-3)
+    np.testing.assert_allclose(
+        128 * inception.preprocess(image) + 128, np.moveaxis(theirs[0].numpy(), 0, -1), atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("d", [3, 40])
@@ -75,12 +77,12 @@ def test_metrics_are_torch_fidelitys(d):
     random = np.random.default_rng(0)
     x, y = random.normal(size=(300, d)), 0.1 + 1.1 * random.normal(size=(400, d))
     theirs = kid.kernel_mmd(x[:200], y[:200], kid_kernel="poly", kid_kernel_poly_degree=3)
-    assert evaluation.kid(x[:200], y[:200]) == pytest.approx(theirs, rel=1e-9)
+    assert metrics.kid(x[:200], y[:200]) == pytest.approx(theirs, rel=1e-9)
     found = prc.calculate_precision_recall_full(torch.from_numpy(x), torch.from_numpy(y), 3)
-    assert evaluation.precision_recall(x, y) == pytest.approx(found)
+    assert metrics.precision_recall(x, y) == pytest.approx(found)
     moments = [fid.fid_features_to_statistics(torch.from_numpy(features)) for features in (x, y)]
     theirs = fid.fid_statistics_to_metric(*moments, False)["frechet_inception_distance"]
-    assert evaluation.frechet(evaluation.moments(x), evaluation.moments(y)) == pytest.approx(theirs, rel=1e-6)
+    assert metrics.frechet(metrics.moments(x), metrics.moments(y)) == pytest.approx(theirs, rel=1e-6)
 
 
 def test_inception_is_pytorch_fids(fidelity):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from published import CIFAR10, OLD_SCHEDULER, PAPER_256, RELEASED, TRAIN_UNCONDITIONAL
 
-from ddpm_jax import diffusion, experiment, images, samplers
+from ddpm_jax import diffusion, experiment, samplers
 from ddpm_jax.interop import __main__ as interop
 from ddpm_jax.interop import layout, released, tensors
 
@@ -55,8 +55,8 @@ def our_net(net, config, scheduler=OLD_SCHEDULER):
     """(Experiment, parameters) of theirs, by way of our import."""
     parts = experiment.make(*layout.from_diffusers(config, scheduler))
     arrays = {name: leaf.numpy() for name, leaf in net.state_dict().items()}
-    spelling = tensors.diffusers(len(config["block_out_channels"]))
-    return parts, tensors.fit(arrays, experiment.params_shape(parts), spelling, "theirs")
+    spelling = tensors.diffusers_format(len(config["block_out_channels"]))
+    return parts, tensors.to_params(arrays, experiment.params_shape(parts), spelling, "theirs")
 
 
 def compare(net, parts, params, times, batch=2):
@@ -193,7 +193,7 @@ def test_a_pipeline_and_our_sampler_make_the_same_pictures(call, tmp_path, optio
     noises = [np.moveaxis(torch.randn((2, 3, 8, 8), generator=generator).numpy(), 1, -1) for _ in range(steps)]
     noises.append(0 * noises[0])  # the step to clean data has none
     sampler = samplers.make_sampler("ddpm", parts.schedule, {"variance": parts.config.diffusion.variance})
-    make = diffusion.make_denoiser_with_variance if sampler.asks_variance else diffusion.make_denoiser
+    make = diffusion.make_denoiser_with_variance if sampler.needs_variance else diffusion.make_denoiser
     predict = make(parts.net, parts.schedule, parts.parameterization, params, limit=diffusion.LIMITS[limit])
 
     @jax.jit
@@ -207,7 +207,7 @@ def test_a_pipeline_and_our_sampler_make_the_same_pictures(call, tmp_path, optio
         x = noises[0][i]
         for (t, s), noise in zip(itertools.pairwise(times), noises[1:], strict=True):
             x = step(x, t, s, noise[i])
-        assert np.abs(np.asarray(images.to_uint8(x)).astype(int) - made[0][i]).max() <= 1
+        assert np.abs(np.asarray(diffusion.to_uint8(x)).astype(int) - made[0][i]).max() <= 1
 
 
 def test_an_average_that_their_training_saved(tmp_path):

@@ -19,11 +19,10 @@ from PIL import Image
 from plotted import EVALUATION, ODD, STEPS, metrics
 
 from ddpm_jax import errors, images, options
-from ddpm_jax.commands import COMMANDS, evaluate, sample, train
+from ddpm_jax.commands import COMMANDS, evaluate, progress, sample, train
 from ddpm_jax.config import Config, load, to_json
 from ddpm_jax.plots import __main__ as plots
 from ddpm_jax.plots import album, figures, records, report, strips
-from ddpm_jax.reports import progress
 
 pytest.importorskip("matplotlib")
 
@@ -170,8 +169,8 @@ def test_the_words_of_the_page(whole, page):
     assert ["python", "train.py", f"--workdir={ODD}"] in commands
     assert ["python", "-m", "ddpm_jax.plots", str(whole), "--report"] in commands
     assert [attrs for attrs in page.all("details") if "open" in attrs] == []
-    differing = page.texts.index(("summary", "What differs from the defaults"))
-    assert differing < page.texts.index(("summary", "All of it"))
+    differing = page.texts.index(("summary", "Fields that differ from the defaults"))
+    assert differing < page.texts.index(("summary", "Full config"))
     assert ("td", "diffusion.schedule") in page.texts
     assert ("td", "diffusion.parameterization") not in page.texts
 
@@ -185,8 +184,8 @@ def test_the_page_of_a_run_with_nothing_but_checkpoints(bare, call):
     notes = [text for tag, text in page.texts if tag == "p"]
     for missing in (
         "No grids",
-        "No curves of training",
-        "No curve of rate and distortion",
+        "No training curves",
+        "No rate-distortion curve",
         "Not evaluated",
         "no run.json",
     ):
@@ -199,15 +198,15 @@ def test_without_the_data_there_is_a_line(bare, monkeypatch):
         raise errors.DataError("the folder is gone")
 
     monkeypatch.setattr(album.data, "load", gone)
-    (plot,) = album.of_data(bare[1], 1, 0)
+    (plot,) = album.data_plots(bare[1], 1, 0)
     assert plot.data is None
-    assert plot.words == "No forward process without the data: the folder is gone"
+    assert plot.caption == "No forward process without the data: the folder is gone"
 
 
 def test_an_evaluation_without_the_bound(linear):
-    plots = {plot.file: plot for plot in album.of_files(linear, [], None, {"metrics": {"mse": {}}})}
+    plots = {plot.file: plot for plot in album.file_plots(linear, [], None, {"metrics": {"mse": {}}})}
     assert plots["rate_distortion.svg"].data is None
-    assert "--metrics=nll" in plots["rate_distortion.svg"].words
+    assert "--metrics=nll" in plots["rate_distortion.svg"].caption
 
 
 def test_another_folder(broken, call, tmp_path):

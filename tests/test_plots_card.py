@@ -15,10 +15,11 @@ from conftest import make_run
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from ddpm_jax import checkpoint, config, data, experiment, options
+from ddpm_jax import config, data, options
 from ddpm_jax.commands import evaluate, sample, train
 from ddpm_jax.plots import __main__ as plots
 from ddpm_jax.plots import album, card, records
+from ddpm_jax.run import checkpoint
 
 pytest.importorskip("matplotlib")
 
@@ -72,7 +73,7 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("card") / ODD
     folder.mkdir()
     _, parts, _, _ = make_run(folder)
-    init_state, _ = experiment.make_training(parts)
+    init_state = parts.init_state
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(init_state))
     meta = {"config": dataclasses.asdict(parts.config), "shape": parts.shape}
     with checkpoint.open_manager(folder / "checkpoints") as manager:
@@ -156,7 +157,7 @@ def test_model_and_data(made, whole):
     images = np.load(whole / "data.npz")["images"]
     size = "x".join(map(str, images.shape[1:]))
     words = "\n".join(parsed(made).words)
-    assert f"A U-Net of {count:,} parameters that makes images of {size} " in words
+    assert f"A U-Net of {count:,} parameters that generates images of {size} " in words
     assert "at step 6. Parameterization eps, schedule cosine, T 12, variance fixedlarge." in words
     assert f"npz:…/data.npz: {len(images)} images, fingerprint {len(images)}x{size}-" in words
 
@@ -166,8 +167,8 @@ def test_training(made):
     words = "\n".join(shown.words)
     seconds = sum((b[0] - a[0]) * b[3] for a, b in zip([(0,), *ROWS], ROWS, strict=False) if b[3])
     assert seconds == 50 + 200 + 1200 + 3200 + 1600
-    assert "Those in the log took 1:44:10 (h:mm:ss), with 30 images/s in the median" in words
-    assert "800,000 steps in all, each of 128 images, seed 0." in words
+    assert "The logged steps took 1:44:10 (h:mm:ss), with a median of 30 images/s" in words
+    assert "800,000 steps of 128 images, seed 0." in words
     assert f"Started {', '.join(TIMES)}: devices 9 x abacus, versions (jax 0.0.3), git 0ff1ce\n" in words + "\n"
     wanted = [["100", "0.5123"], ["200", "nan"], ["600", "0.125"], ["1,000", "0.0625"], ["1,100", "0.03125"]]
     assert shown.tables[0] == [["step", "loss"], *wanted]
@@ -185,7 +186,7 @@ def test_evaluation(made):
             f"subsets {WORSE}, sampler dd|im, reference (source folder:…/cats, num 77)",
         ],
     ]
-    assert "All with num 1717, samples …/samples.npz, versions (jax 0.0.7), seed 7." in shown.words
+    assert "Settings of all metrics: num 1717, samples …/samples.npz, versions (jax 0.0.7), seed 7." in shown.words
 
 
 def test_config(made, whole):
@@ -280,8 +281,8 @@ def test_a_run_with_nothing_but_a_checkpoint(run, call, tmp_path):
     words = "\n".join(shown.words)
     for missing in (
         "There is no grid of samples yet.",
-        "how many images is not known",
-        "There is no line in metrics.jsonl yet.",
+        "the number of images is not known",
+        "metrics.jsonl has no rows yet.",
         "there is no run.json",
         "Not evaluated: there is no evaluation.json.",
     ):
@@ -319,7 +320,7 @@ def test_metrics_without_times_and_marks(copy, call):
     assert call(plots, copy, "--curves", "--card")[0] == 0
     shown = parsed((copy / "card.md").read_text())
     assert shown.tables[0] == [["step", "loss"], ["14", "0.25"]]
-    assert "How long they take is not known." in "\n".join(shown.words)
+    assert "Their duration is not known." in "\n".join(shown.words)
 
 
 def test_an_ensemble_has_the_grid_of_its_member(copy, call):

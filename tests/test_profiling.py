@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ddpm_jax import profiling
+from ddpm_jax.run import profiling
 
 
 @jax.jit

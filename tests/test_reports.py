@@ -7,13 +7,13 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import SMALL, assert_same_end, fingerprint, make_run, metrics
+from conftest import SMALL, assert_same_end, fingerprint, logged_metrics, make_run
 
-from ddpm_jax import data, errors, evaluation, experiment, features, training
-from ddpm_jax.commands import evaluate, sample, train
+from ddpm_jax import data, errors, experiment, training
+from ddpm_jax.commands import evaluate, progress, sample, train
 from ddpm_jax.config import Config, Train, to_json
-from ddpm_jax.features import enl0
-from ddpm_jax.reports import progress, samples
+from ddpm_jax.evaluation import features, metrics, samples
+from ddpm_jax.evaluation.features import enl0
 
 ALL = "--metrics=kid,fid,pr,copies,moments"
 
@@ -75,10 +75,10 @@ def test_the_samples_are_those_of_sample_py(made, call, tmp_path, judged):
                 assert number.get(part) == judged[0]["metrics"][name].get(part)
     images = np.load(file)["images"]
     x, y = ((part.reshape(len(part), -1) / 127.5 - 1).astype(np.float32) for part in (images, made[1]))
-    wanted = {"KID-pixels": 1000 * evaluation.kid_in_parts(x, y, 4)[0]}
-    wanted["Frechet distance (pixels)"] = evaluation.frechet(evaluation.moments(x), evaluation.moments(y))
-    wanted["precision (pixels)"], wanted["recall (pixels)"] = evaluation.precision_recall(x, y)
-    wanted["copies (pixels)"] = evaluation.copies(*(part.reshape(len(part), -1) for part in (images, made[1]))).share
+    wanted = {"KID-pixels": 1000 * metrics.kid_of_subsets(x, y, 4)[0]}
+    wanted["Frechet distance (pixels)"] = metrics.frechet(metrics.moments(x), metrics.moments(y))
+    wanted["precision (pixels)"], wanted["recall (pixels)"] = metrics.precision_recall(x, y)
+    wanted["copies (pixels)"] = metrics.copies(*(part.reshape(len(part), -1) for part in (images, made[1]))).share
     wanted["mean of channels"] = images.mean() - made[1].mean()
     wanted["spread of channels"] = images.std() - made[1].std()
     assert {name: number["value"] for name, number in report["metrics"].items()} == pytest.approx(wanted)
@@ -119,9 +119,9 @@ def test_real_images_judged_as_samples_are_like_real_images(made, call, tmp_path
 
 
 def test_only_the_known_weights_make_a_fid(made):
-    sets = samples.Sets(None, None, features.load("pixels"), *np.random.default_rng(0).normal(size=(2, 40, 3)))
+    sets = samples.Comparison(None, None, features.load("pixels"), *np.random.default_rng(0).normal(size=(2, 40, 3)))
     for published, name in ((False, "Frechet distance (pixels)"), (True, "FID")):
-        with pytest.warns(UserWarning, match="take 10,000 or more"):
+        with pytest.warns(UserWarning, match="use 10,000 or more"):
             assert list(samples.fid(sets._replace(extractor=sets.extractor._replace(published=published)))) == [name]
 
 
@@ -136,11 +136,11 @@ def test_a_part_of_the_reference(made, call, tmp_path):
 
 
 MISTAKES = {
-    "few samples": (["--num=19"], 2, "19 samples are too few to judge samples; take 20 or more"),
+    "few samples": (["--num=19"], 2, "19 samples are too few to evaluate samples; use 20 or more"),
     "few data": (["--reference-num=19"], 2, "19 images of the data are too few"),
     "features": (["--features=vgg"], 2, "features=vgg is not one of pixels, enl0, inception"),
-    "no weights": (["--features=inception"], 2, "need --inception=FILE"),
-    "weights for nothing": (["--inception=a.pth"], 2, "--inception goes with --features=inception"),
+    "no weights": (["--features=inception"], 2, "needs --inception=FILE"),
+    "weights for nothing": (["--inception=a.pth"], 2, "--inception needs --features=inception"),
     "sampler": (["--sampler=euler"], 2, "euler"),
     "steps": (["--steps=13"], 2, "from 1 to T=12"),
     "reference": (["--reference=npz:none.npz"], 3, "cannot read none.npz"),
@@ -199,7 +199,7 @@ def test_a_run_evaluates_its_samples_where_it_is_told_to(made, evaluator, call, 
     options = ["--num=40", "--sampler=dpmpp_2m", "--steps=4", "--seed=7"]
     assert call(sample, f"--workdir={made[0]}", *options, f"--out={tmp_path}")[0] == 0
     x = np.load(tmp_path / "samples.npz")["images"].reshape(40, -1) / 127.5 - 1
-    value, error, _ = evaluation.kid_in_parts(x, made[1].reshape(60, -1) / 127.5 - 1, 4)
+    value, error, _ = metrics.kid_of_subsets(x, made[1].reshape(60, -1) / 127.5 - 1, 4)
     assert rows[200] == pytest.approx({"kid_pixels": 1000 * value, "kid_pixels_error": 1000 * error}, rel=1e-4)
     assert said[0].startswith("step 200: kid_pixels ")
     assert len(said) == 3
@@ -249,6 +249,6 @@ def test_a_resumed_run_has_each_kid_once(script, tmp_path):
     run("without", 14)
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
     assert fingerprint(tmp_path / "whole") == fingerprint(tmp_path / "without")
-    rows = metrics(tmp_path / "whole")
+    rows = logged_metrics(tmp_path / "whole")
     assert [row["step"] for row in rows] == [7, 14]
     assert all(np.isfinite([row["kid_enl0_64"], row["kid_enl0_64_error"]]).all() for row in rows)

@@ -8,11 +8,11 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL, assert_one_line, metrics
+from conftest import ROOT, SMALL, assert_one_line, logged_metrics
 from PIL import Image
 
-from ddpm_jax import checkpoint
 from ddpm_jax.commands import sample, train
+from ddpm_jax.run import checkpoint
 
 
 def test_a_run_leaves_what_it_promises(trained):
@@ -25,8 +25,8 @@ def test_a_run_leaves_what_it_promises(trained):
         "samples",
     ]
     assert checkpoint.steps(trained / "checkpoints") == [40, 50, 60]
-    assert [row["step"] for row in metrics(trained)] == [7, 14, 21, 28, 35, 42, 49, 56, 60]
-    assert metrics(trained)[-1]["learning_rate"] == pytest.approx(2e-3)
+    assert [row["step"] for row in logged_metrics(trained)] == [7, 14, 21, 28, 35, 42, 49, 56, 60]
+    assert logged_metrics(trained)[-1]["learning_rate"] == pytest.approx(2e-3)
     grid = Image.open(trained / "samples" / "step_000000060.png")
     assert grid.mode == "L"
     (start,) = json.loads((trained / "run.json").read_text())
@@ -99,7 +99,7 @@ def test_steps_in_one_call_and_a_stop_within_them(script, tmp_path):
     for a, b, c in zip(*map(jax.tree.leaves, (single, whole, parts)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
         np.testing.assert_allclose(b, c, atol=1e-4)
-    assert [row["step"] for row in metrics(tmp_path / "parts")] == [10, 13, 20]
+    assert [row["step"] for row in logged_metrics(tmp_path / "parts")] == [10, 13, 20]
 
 
 @pytest.mark.slow
@@ -147,7 +147,7 @@ MISTAKES = {
     "fault_33 image size and levels": (
         ["train.py", "--config.model.multipliers=1,1,1,1,1"],
         2,
-        "8x8 cannot be halved 4 times, as model.multipliers=1,1,1,1,1 asks; sizes that fit: 16x16",
+        "8x8 cannot be halved 4 times, as model.multipliers=1,1,1,1,1 requires; sizes that fit: 16x16",
     ),
     "schedule": (["train.py", "--config.diffusion.schedule=linaer"], 2, "is not one of linear, cosine"),
     "weighting": (["train.py", "--config.diffusion.weighting=none"], 2, "is not one of simple, vlb, min_snr, p2"),
@@ -156,7 +156,7 @@ MISTAKES = {
     "processes": (["train.py", "--distributed=localhost:1,3,2"], 2, "with ID below COUNT"),
     "fault_39 platform": (["train.py", "--platform=tpu"], 2, "(--platform=tpu)"),
     "step at the end": (["train.py", "--step=2000"], 2, "--step=2000 must be less than train.steps=2000"),
-    "span": (["train.py", "--profile=7"], 2, "--profile=7 must be START:STOP, two whole numbers of which the second"),
+    "span": (["train.py", "--profile=7"], 2, "--profile=7 must be START:STOP, two whole numbers, the second"),
     "span backwards": (["train.py", "--profile=7:7"], 2, "--profile=7:7 must be START:STOP"),
     "span beyond the end": (["train.py", "--profile=2000:2001"], 2, "must begin before train.steps=2000"),
     "span within calls": (

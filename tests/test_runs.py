@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from conftest import make_run
 
-from ddpm_jax import checkpoint, experiment, runs
 from ddpm_jax import config as configs
+from ddpm_jax import experiment
 from ddpm_jax.config import Config
 from ddpm_jax.errors import CheckpointError, ConfigError
+from ddpm_jax.run import checkpoint
+from ddpm_jax.run import folder as run_folder
 
 DATA = "11x4x4x1-00000000"
 
@@ -23,16 +25,16 @@ DATA = "11x4x4x1-00000000"
 def begun(tmp_path):
     """(folder, Experiment, template) of a run with the steps 5 and 10, as train.py writes them."""
     _, parts, _, _ = make_run(tmp_path, steps=())
-    template = jax.eval_shape(experiment.make_training(parts)[0])
+    template = jax.eval_shape(parts.init_state)
     entries = {"config": dataclasses.asdict(parts.config), "shape": parts.shape, "data": DATA}
-    entries |= {"devices": runs.parallel.describe(), "rollbacks": 0, "window": []}
+    entries |= {"devices": run_folder.parallel.describe(), "rollbacks": 0, "window": []}
     (tmp_path / "checkpoints").mkdir(exist_ok=True)
     with checkpoint.open_manager(tmp_path / "checkpoints") as manager:
         for step in (5, 10):
             state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), template)
             checkpoint.save(manager, state._replace(step=np.int32(step)), **entries)
         checkpoint.finish(manager)
-    runs.record(tmp_path, parts.config)
+    run_folder.record(tmp_path, parts.config)
     return tmp_path, parts, template
 
 
@@ -44,11 +46,11 @@ def test_fault_14_a_change_is_refused_unless_allowed_by_name(begun, name, value)
     folder, parts, _ = begun
     config = configs.replace(parts.config, {name: value})
     with pytest.raises(ConfigError, match=f"{name} is .* there, .*{value}.* here.*--allow-change={name}"):
-        runs.check(folder, config)
+        run_folder.check(folder, config)
     with pytest.raises(ConfigError, match=f"{name} is"):
-        runs.check(folder, config, ("train.learning_rate",))
-    with pytest.warns(UserWarning, match=f"going on as another experiment: {name} is"):
-        runs.check(folder, config, (name,))
+        run_folder.check(folder, config, ("train.learning_rate",))
+    with pytest.warns(UserWarning, match=f"continuing as another experiment: {name} is"):
+        run_folder.check(folder, config, (name,))
 
 
 def test_fault_14_what_only_says_how_often_may_change(begun):
@@ -56,22 +58,22 @@ def test_fault_14_what_only_says_how_often_may_change(begun):
     changes = {name: 3 for name in configs.MAY_CHANGE if isinstance(getattr(parts.config.train, name[6:], None), int)}
     changes |= {"train.watchdog_abort": True, "train.on_nan": "rollback", "train.evaluate_num": 30}
     assert len(changes) > 10
-    runs.check(folder, configs.replace(parts.config, changes))
+    run_folder.check(folder, configs.replace(parts.config, changes))
 
 
 def test_a_field_that_is_not_there_cannot_be_allowed(begun):
     folder, parts, _ = begun
     with pytest.raises(ConfigError, match=r"lr is no field of the config; did you mean train\.learning_rate\?"):
-        runs.check(folder, parts.config, ("train.lr",))
+        run_folder.check(folder, parts.config, ("train.lr",))
 
 
 def test_fault_14_other_data_are_refused_unless_allowed(begun):
     folder, parts, template = begun
     with pytest.raises(ConfigError, match=f"the run had {DATA}, the data now are 12x4x4x1-1: its batches would"):
-        runs.resume(parts, template, "12x4x4x1-1", folder)
-    state, _, lines = runs.resume(parts, template, "12x4x4x1-1", folder, allowed=("data.source",))
+        run_folder.resume(parts, template, "12x4x4x1-1", folder)
+    state, _, lines = run_folder.resume(parts, template, "12x4x4x1-1", folder, allowed=("data.source",))
     assert state.step == 10
-    assert f"going on with other data: the run had {DATA}, the data now are 12x4x4x1-1" in lines
+    assert f"continuing with other data: the run had {DATA}, the data now are 12x4x4x1-1" in lines
 
 
 def test_fault_15_starts_in_one_second_and_a_clock_that_jumps(begun, monkeypatch):
@@ -85,10 +87,10 @@ def test_fault_15_starts_in_one_second_and_a_clock_that_jumps(begun, monkeypatch
         def now(cls, zone):
             return cls(2020, 1, 1, next(cls.hours), tzinfo=zone)
 
-    monkeypatch.setattr(runs, "datetime", Jumping)
+    monkeypatch.setattr(run_folder, "datetime", Jumping)
     before = sorted(os.listdir(folder))
     for _ in range(3):
-        runs.record(folder, parts.config)
+        run_folder.record(folder, parts.config)
     times = [start["time"] for start in json.loads((folder / "run.json").read_text())]
     assert times[1:] == [f"2020-01-01T{hour:02}:00:00+00:00" for hour in (5, 5, 2)]
     assert sorted(os.listdir(folder)) == before
@@ -98,9 +100,9 @@ def test_fault_15_starts_in_one_second_and_a_clock_that_jumps(begun, monkeypatch
 def test_fault_27_other_versions_are_told(begun, monkeypatch, name):
     folder, parts, template = begun
     now = checkpoint.versions()
-    assert not [line for line in runs.resume(parts, template, DATA, folder)[2] if "exact" in line]
+    assert not [line for line in run_folder.resume(parts, template, DATA, folder)[2] if "exact" in line]
     monkeypatch.setattr(checkpoint, "versions", lambda: now | {name: "other"})
-    (line,) = [line for line in runs.resume(parts, template, DATA, folder)[2] if "exact" in line]
+    (line,) = [line for line in run_folder.resume(parts, template, DATA, folder)[2] if "exact" in line]
     assert line == f"not bit-exact from here on, only to rounding: {name} {now[name]} is now other"
 
 
@@ -108,11 +110,11 @@ def test_fault_40_another_network_is_refused_with_the_key_that_differs(begun):
     """Also when the change was allowed; nothing of the run is changed by the attempt."""
     folder, parts, _ = begun
     wide = experiment.make(configs.replace(parts.config, {"model.channels": 8}), parts.shape)
-    template = jax.eval_shape(experiment.make_training(wide)[0])
+    template = jax.eval_shape(wide.init_state)
     with pytest.raises(
         CheckpointError, match=r"conv_in.*and .* more; of the config, model/channels is 4 there, 8 here"
     ):
-        runs.resume(wide, template, DATA, folder, step=5, allowed=("model.channels",))
+        run_folder.resume(wide, template, DATA, folder, step=5, allowed=("model.channels",))
     assert checkpoint.steps(folder / "checkpoints") == [5, 10]
 
 
@@ -120,14 +122,14 @@ def test_fault_41_images_of_another_size_are_told(begun):
     """The same parameters fit; the change of data.image_size has been allowed by name before."""
     folder, parts, template = begun
     larger = experiment.make(parts.config, (8, 8, 1))
-    _, _, lines = runs.resume(larger, template, DATA, folder)
-    assert "going on with images of another size: [4, 4, 1] is now [8, 8, 1]" in lines
+    _, _, lines = run_folder.resume(larger, template, DATA, folder)
+    assert "continuing with images of another size: [4, 4, 1] is now [8, 8, 1]" in lines
 
 
 def test_a_step_to_go_on_from(begun):
     """Later ones are set aside, not lost."""
     folder, parts, template = begun
-    state, _, _ = runs.resume(parts, template, DATA, folder, step=5)
+    state, _, _ = run_folder.resume(parts, template, DATA, folder, step=5)
     assert state.step == 5
     assert sorted(os.listdir(folder / "checkpoints")) == ["10.aside", "5"]
 
@@ -135,20 +137,20 @@ def test_a_step_to_go_on_from(begun):
 @pytest.mark.parametrize("letter", ["*", "?", "[", "]", "\\"])
 def test_a_path_from_which_orbax_cannot_read_is_refused(tmp_path, letter):
     with pytest.raises(ConfigError, match=f"a path with {re.escape(letter)}"):
-        runs.claim(tmp_path / f"a{letter}b" / "run")
+        run_folder.create_and_lock(tmp_path / f"a{letter}b" / "run")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_another_process_does_not_see(tmp_path):
     with pytest.raises(ConfigError, match="is not the same folder for all processes"):
-        runs.check_seen(tmp_path / "run")
-    runs.claim(tmp_path / "run").close()
-    runs.check_seen(tmp_path / "run")
+        run_folder.check_shared(tmp_path / "run")
+    run_folder.create_and_lock(tmp_path / "run").close()
+    run_folder.check_shared(tmp_path / "run")
 
 
 def test_checkpoints_without_a_config_are_left_alone(begun):
     folder, parts, _ = begun
     (folder / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"has checkpoints but no config\.json"):
-        runs.check(folder, parts.config)
-    runs.check(folder / "elsewhere", Config())
+        run_folder.check(folder, parts.config)
+    run_folder.check(folder / "elsewhere", Config())

@@ -168,7 +168,7 @@ def test_gaussian_data_end_where_the_recursion_says(linear, name, steps):
 
     @jax.vmap
     def end(spread):
-        return samplers.follow(exact(linear, spread), sampler, times, jax.random.key(0), x_T)[0][-1]
+        return samplers.run_sampler(exact(linear, spread), sampler, times, jax.random.key(0), x_T)[0][-1]
 
     for spread, found in zip(spreads, end(spreads), strict=True):
         wanted = ANSWERS[name](times, spread)
@@ -226,7 +226,7 @@ def test_order_of_convergence_in_float64(name):
             times = (np.sqrt(0.01 + 4 * 9.95 * integral) - 0.1) / (2 * 9.95)
             times[[0, -1]] = 1.0, end
             sampler = samplers.make_sampler(name, schedule)
-            x = samplers.follow(exact(schedule, spread), sampler, times, jax.random.key(0), x_T)[0][-1]
+            x = samplers.run_sampler(exact(schedule, spread), sampler, times, jax.random.key(0), x_T)[0][-1]
             bar = 1 / (1 + np.exp(-np.array(ends)))
             scale = np.sqrt((bar[1] * spread**2 + 1 - bar[1]) / (bar[0] * spread**2 + 1 - bar[0]))
             wanted = np.sqrt(bar[1]) * MEAN + scale * (np.asarray(x_T) - np.sqrt(bar[0]) * MEAN)
@@ -277,7 +277,7 @@ def test_float32_errors_over_1000_steps_are_bounded(name):
         with jax.enable_x64(wide):
             table = np.concatenate([[np.inf], np.log(BAR[1:] / (1 - BAR[1:]))])
             schedule = schedules.DiscreteSchedule(table if wide else table.astype(np.float32))
-            sampler, start = samplers.make_sampler(name, schedule), jnp.asarray(x_T, float)
-            path = samplers.follow(exact(schedule, 0.5), sampler, schedule.times(1000), jax.random.key(0), start)[0]
+            sampler, x = samplers.make_sampler(name, schedule), jnp.asarray(x_T, float)
+            path, _ = samplers.run_sampler(exact(schedule, 0.5), sampler, schedule.times(1000), jax.random.key(0), x)
             ends.append(np.asarray(path[-1], np.float64))
     assert np.abs(ends[0] - ends[1]).max() < BOUNDS[name]

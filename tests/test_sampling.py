@@ -36,16 +36,16 @@ def test_no_step_gives_nan(name, options, parameterization):
 
     def walk(schedule, times):
         sampler = samplers.make_sampler(name, schedule, **options)
-        make = diffusion.make_denoiser_with_variance if sampler.asks_variance else diffusion.make_denoiser
+        make = diffusion.make_denoiser_with_variance if sampler.needs_variance else diffusion.make_denoiser
         predict = make(lambda params, x, t, label: jnp.tile(x, 2), schedule, way, None, None, diffusion.clip)
-        return samplers.follow(predict, sampler, times, jax.random.key(0), x)[0]
+        return samplers.run_sampler(predict, sampler, times, jax.random.key(0), x)[0]
 
     over = jax.jit(jax.vmap(lambda table, times: walk(schedules.DiscreteSchedule(table), times), (None, 0)))
     for table in TABLES if parameterization == "eps" else [*TABLES, NO_SIGNAL]:
         assert np.isfinite(over(table, np.array([[1000, 500, 1, 0], [1000, 999, 1, 0], [1000, 2, 1, 0]]))).all()
         assert np.isfinite(over(table, np.array([[1, 0], [1000, 0], [1000, 1]]))).all()
     vp = schedules.make_schedule("vp")
-    assert np.isfinite(walk(vp, np.array([1.0, 0.5, vp.first, 0.0], np.float32))).all()
+    assert np.isfinite(walk(vp, np.array([1.0, 0.5, vp.t_min, 0.0], np.float32))).all()
 
 
 def test_ddim_with_eta_1_is_the_ancestral_sampler(linear):
@@ -114,11 +114,11 @@ def test_wrong_names_and_options_are_refused(linear):
 def test_path_ends_with_the_sample(linear):
     args = exact(linear, 0.5), samplers.ddpm(linear), linear.times(20), jax.random.key(0)
     x_T = samplers.pure_noise(args[-1], (4, 4, 1))
-    path, _ = samplers.follow(*args, x_T, frames=7)
+    path, _ = samplers.run_sampler(*args, x_T, frames=7)
     assert path.shape == (7, 4, 4, 1)
     np.testing.assert_array_equal(path[-1], samplers.sample(*args, x_T.shape))
     assert len(np.unique(np.asarray(path)[:, 0, 0, 0])) == 7
-    assert samplers.follow(*args, x_T, frames=40)[0].shape == (20, 4, 4, 1)
+    assert samplers.run_sampler(*args, x_T, frames=40)[0].shape == (20, 4, 4, 1)
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def test_a_preview_ends_with_the_sample_itself(linear, name):
     """Whatever the frames before it show; and no sample is changed by it."""
     sampler, key = samplers.make_sampler(name, linear), jax.random.key(0)
     args, x_T = (linear.times(6), key), samplers.pure_noise(key, (4,))
-    path, _ = samplers.follow(
+    path, _ = samplers.run_sampler(
         exact(linear, 0.5), samplers.with_preview(sampler), *args, x_T, frames=6, view=lambda x, memory: memory[1]
     )
     np.testing.assert_allclose(path[-1], samplers.sample(exact(linear, 0.5), sampler, *args, (4,)), atol=1e-6)

@@ -17,9 +17,10 @@ import pytest
 from conftest import ROOT, T, make_run
 from PIL import Image
 
-from ddpm_jax import averages, checkpoint, experiment, schedules
+from ddpm_jax import experiment, schedules
 from ddpm_jax.commands import evaluate, sample
 from ddpm_jax.errors import CheckpointError, ConfigError
+from ddpm_jax.run import checkpoint, snapshots
 
 OUTPUTS = ["denoising.gif", "grid.png", "image_000000.png", "image_000001.png", "samples.npz"]
 
@@ -92,8 +93,8 @@ def test_a_mistake_gets_one_line_and_writes_nothing(run, call, tmp_path, mistake
 
 
 def test_fault_71_steps_of_a_continuous_schedule():
-    """It has no T to name, but the times that are told apart."""
-    with pytest.raises(ConfigError, match="steps=100001 must be from 1 to 100000, the times that are told apart"):
+    """It has no T to name, but a resolution."""
+    with pytest.raises(ConfigError, match="steps=100001 must be from 1 to 100000, the resolution of"):
         schedules.make_schedule("vp").times(100_001)
 
 
@@ -107,12 +108,12 @@ def test_fault_73_nothing_there_is_written_over_unasked(run, call, tmp_path, nam
     given = [f"--workdir={run[0]}", f"--out={tmp_path}", "--num=2", "--steps=2", "--png", "--gif"]
     code, out, err = call(sample, *given)
     assert (code, out) == (2, "")
-    assert err == f"error: {tmp_path} already holds samples ({name}); take another --out, or say --overwrite\n"
+    assert err == f"error: {tmp_path} already holds samples ({name}); take another --out, or add --overwrite\n"
     assert (names(tmp_path), (tmp_path / name).read_bytes()) == ([name], b"mine")
     if name == "grid.png":
         code, out, _ = call(sample, *given, "--overwrite")
         assert (code, names(tmp_path)) == (0, OUTPUTS)
-        assert out.endswith(f"wrote {tmp_path / 'grid.png'}, samples.npz, denoising.gif, 2 images alone\n")
+        assert out.endswith(f"wrote {tmp_path / 'grid.png'}, samples.npz, denoising.gif, 2 single images\n")
         assert Image.open(tmp_path / "grid.png").format == "PNG"
 
 
@@ -121,10 +122,10 @@ def test_fault_73_an_evaluation_is_not_written_over_unasked(run, call, tmp_path,
     out.write_text("mine")
     given = [f"--workdir={run[0]}", f"--out={out}", "--num=8", "--steps=1", "--metrics=mse"]
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "on_run", None)  # refused before anything is computed
+        patch.setattr(evaluate, "prepare_run", None)  # refused before anything is computed
         code, told, err = call(evaluate, *given)
     assert (code, told) == (2, "")
-    assert err == f"error: {out} already exists; take another --out, or say --overwrite\n"
+    assert err == f"error: {out} already exists; take another --out, or add --overwrite\n"
     assert out.read_text() == "mine"
 
 
@@ -183,6 +184,7 @@ sys.exit(errors.run(sample.main))
 """
 
 
+@pytest.mark.slow
 def test_fault_77_killed_while_it_writes_the_grid(run, environment, tmp_path):
     """The old grid is there, whole, and whoever looks for pictures finds no other."""
     (tmp_path / "grid.png").write_bytes(b"mine")
@@ -209,25 +211,25 @@ def test_fault_75_the_run_its_checkpoints_or_a_step(two, monkeypatch):
     monkeypatch.chdir(two.parent)
     for place in (two, f"{two}/", two.name, f"./{two.name}/", home, f"{home}/", f"{two}/../{two.name}"):
         for inside, step in (("", None), ("checkpoints", None), ("checkpoints/", None), ("checkpoints/3", 3)):
-            run, found = experiment.find(os.path.join(place, inside))
+            run, found = experiment.find_run(os.path.join(place, inside))
             assert run.samefile(two)
             assert found == step
     monkeypatch.chdir(two / "checkpoints" / "3")
-    assert experiment.find(".")[1] == 3
-    assert experiment.find("..")[1] is None
-    assert experiment.find("../..", 3) == (Path("../.."), 3)
-    assert experiment.find(".", 3)[1] == 3
-    with pytest.raises(ConfigError, match=r"--workdir=\. is another step than --step=5"):
-        experiment.find(".", 5)
+    assert experiment.find_run(".")[1] == 3
+    assert experiment.find_run("..")[1] is None
+    assert experiment.find_run("../..", 3) == (Path("../.."), 3)
+    assert experiment.find_run(".", 3)[1] == 3
+    with pytest.raises(ConfigError, match=r"--workdir=\. and --step=5 are different steps"):
+        experiment.find_run(".", 5)
 
 
 def test_fault_75_a_run_in_a_folder_with_an_odd_name(two, tmp_path):
     """A run in runs/checkpoints/7 is a run, not step 7 of one; links lead to where they point."""
     for name in ("checkpoints/7", "checkpoints"):
         (tmp_path / name / "checkpoints").mkdir(parents=True, exist_ok=True)
-        assert experiment.find(tmp_path / name) == (tmp_path / name, None)
+        assert experiment.find_run(tmp_path / name) == (tmp_path / name, None)
     (tmp_path / "link").symlink_to(two)
-    assert experiment.find(tmp_path / "link" / "checkpoints" / "5") == (tmp_path / "link", 5)
+    assert experiment.find_run(tmp_path / "link" / "checkpoints" / "5") == (tmp_path / "link", 5)
 
 
 @pytest.mark.parametrize("place", ["", "checkpoints/7", "two/checkpoints/x", "two/samples", "~nobody/run"])
@@ -235,7 +237,7 @@ def test_fault_75_no_run(two, tmp_path, place):
     (tmp_path / "two").symlink_to(two)
     place = place if place.startswith("~") else str(tmp_path / place)
     with pytest.raises(CheckpointError, match="there is no run in"):
-        experiment.find(place)
+        experiment.find_run(place)
 
 
 @pytest.mark.slow
@@ -321,8 +323,8 @@ def test_fault_37_averages_of_pickles_execute_nothing(tmp_path, canary, kind):
         file.write_bytes(pickle.dumps(canary))
     else:
         np.savez(file, **{"crc32": np.uint32(0), "0.1/a": np.array([canary], dtype=object)})
-    with pytest.warns(UserWarning, match="averages left out"), pytest.raises(CheckpointError, match="no averages"):
-        averages.stored(tmp_path)
+    with pytest.warns(UserWarning, match="averages skipped"), pytest.raises(CheckpointError, match="no averages"):
+        snapshots.stored(tmp_path)
     assert not os.path.exists(canary.path)
 
 
@@ -332,9 +334,9 @@ MODULES = ("sitecustomize", "usercustomize", "conftest", "__init__", "__main__",
 @pytest.mark.parametrize(
     "command",
     [
-        "sample.py --workdir=RUN --num=2 --steps=1",
+        pytest.param("sample.py --workdir=RUN --num=2 --steps=1", marks=pytest.mark.faults),
         pytest.param("evaluate.py --workdir=RUN --num=2 --steps=1 --metrics=mse", marks=pytest.mark.faults),
-        pytest.param("-m ddpm_jax.checkpoint RUN", marks=pytest.mark.faults),
+        pytest.param("-m ddpm_jax.run RUN", marks=pytest.mark.faults),
     ],
 )
 def test_fault_37_code_in_the_folder_of_a_run_is_not_run(two, script, tmp_path, canary, command):

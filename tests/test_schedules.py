@@ -116,8 +116,8 @@ def test_sample_t_is_uniform_on_1_to_T():
 
 
 def test_time_at_reaches_both_ends(linear):
-    assert linear.time_at(0.0) == 1
-    assert linear.time_at(np.nextafter(np.float32(1), np.float32(0))) == 1000
+    assert linear.t_from_u(0.0) == 1
+    assert linear.t_from_u(np.nextafter(np.float32(1), np.float32(0))) == 1000
 
 
 def test_another_schedule_compiles_nothing_anew():
@@ -244,7 +244,7 @@ def test_cosine_logsnr_is_a_cosine_and_linear_logsnr_a_line():
 def test_continuous_times(continuous):
     assert continuous.logsnr(0) == np.inf
     assert np.isnan(continuous.logsnr(np.array([-0.1, 1.1]))).all()
-    assert continuous.time_at(0.0) == continuous.first
+    assert continuous.t_from_u(0.0) == continuous.t_min
     for spacing in schedules.SPACINGS:
         times = continuous.times(25, spacing)
         assert len(times) == 26
@@ -275,9 +275,9 @@ def test_rate_is_the_weight_of_eq_12(name):
 
 def test_time_of_is_the_inverse_of_logsnr(linear, continuous):
     t = np.array([1, 2, 500, 999, 1000])
-    np.testing.assert_array_equal(jax.vmap(linear.time_of)(linear.logsnr(t)), t)
+    np.testing.assert_array_equal(jax.vmap(linear.t_from_logsnr)(linear.logsnr(t)), t)
     t = np.array([0.01, 0.3, 0.99])
-    np.testing.assert_allclose(continuous.time_of(continuous.logsnr(t)), t, atol=2e-5)
+    np.testing.assert_allclose(continuous.t_from_logsnr(continuous.logsnr(t)), t, atol=2e-5)
 
 
 def test_spacings_by_noise_level_are_even_in_it():
@@ -300,10 +300,10 @@ def test_report_of_the_papers_schedule(linear):
 
 
 def test_signal_left_at_T_is_warned_of(recwarn):
-    report.warn_of_signal(schedules.from_betas(schedules.linear_betas(1000)))
+    report.check_terminal_snr(schedules.from_betas(schedules.linear_betas(1000)))
     assert not recwarn
     with pytest.warns(UserWarning, match=r"x_T keeps 13\.[0-9]% of the image's variance"):
-        report.warn_of_signal(schedules.from_betas(schedules.linear_betas(200, scale=False)))
+        report.check_terminal_snr(schedules.from_betas(schedules.linear_betas(200, scale=False)))
 
 
 @pytest.mark.parametrize("n", [40, 501, *(pytest.param(n, marks=pytest.mark.slow) for n in (334, 500, 700))])
@@ -320,14 +320,14 @@ def test_every_spacing_starts_where_pure_noise_belongs(linear, n):
 
 def test_a_start_from_noise_where_an_image_still_shows_is_warned_of(linear, recwarn):
     for t in (1000, 950):
-        report.warn_of_start(linear, t)
-    report.warn_of_start(schedules.from_betas(schedules.linear_betas(200, scale=False)), 200)  # see warn_of_signal
+        report.check_start_snr(linear, t)
+    report.check_start_snr(schedules.from_betas(schedules.linear_betas(200, scale=False)), 200)  # check_terminal_snr's
     assert not recwarn
     left = np.prod(1 - np.linspace(1e-4, 0.02, 1000)[:501])
     with pytest.warns(UserWarning, match=f"x_t at t = 501 of 1000, which keeps {left:.1%} of the image's variance"):
-        report.warn_of_start(linear, np.int32(501))
+        report.check_start_snr(linear, np.int32(501))
     with pytest.warns(UserWarning, match=r"x_t at t = 0\.5 of 1, which keeps 7\.9%"):  # exp(-(0.1 + 19.9 / 4) / 2)
-        report.warn_of_start(schedules.make_schedule("vp"), 0.5)
+        report.check_start_snr(schedules.make_schedule("vp"), 0.5)
 
 
 def test_the_report_is_printed_and_drawn(tmp_path):

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from conftest import make_run
 
-from ddpm_jax import program, shards
+from ddpm_jax import program
 from ddpm_jax.commands import evaluate, sample
+from ddpm_jax.run import shards
 
 NUM = 40
 
@@ -41,13 +42,8 @@ def whole(given, tmp_path_factory):
     return (out / "samples.npz").read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [
-        pytest.param(signal.SIGTERM, 75, id="75"),
-        pytest.param(signal.SIGINT, 130, id="130", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=["75", "130"])
 def test_fault_85_interrupted_samples_are_kept_and_gone_on_with(
     call, given, whole, tmp_path, monkeypatch, number, code
 ):
@@ -66,13 +62,13 @@ def test_fault_85_interrupted_samples_are_kept_and_gone_on_with(
     out = tmp_path / "out"
     found, told, err = call(sample, *given, f"--out={out}", "--gif")
     assert (found, err) == (code, "")
-    assert told.endswith(f"kept 24 of 40 images in {out}; the same command goes on from there\n")
+    assert told.endswith(f"kept 24 of 40 images in {out}; the same command resumes from there\n")
     assert names(out) == ["denoising.gif", "samples-00000.npz", "samples.json"]
     with pytest.warns(UserWarning, match="24 of 40 samples"):
         assert len(shards.load(out)["images"]) == 24
     found, told, _ = call(sample, *given, f"--out={out}", "--gif")
     assert found == 0
-    assert f"going on after 24 of 40 images in {out}\n" in told
+    assert f"resuming after 24 of 40 images in {out}\n" in told
     assert made == [8] * 5
     assert names(out) == ["denoising.gif", "grid.png", "samples.npz"]
     assert (out / "samples.npz").read_bytes() == whole
@@ -101,8 +97,8 @@ def assert_same(found, wanted):
 
 def test_fault_85_killed_at_any_moment(call, given, drawn, tmp_path, monkeypatch):
     """Killed, here by an exception, after a random number of written shards, again and again; one shard is damaged."""
-    monkeypatch.setattr(shards, "SECONDS", 0.0)  # each batch is written
-    monkeypatch.setattr(shards, "BYTES", 12 * 16)  # twelve images a shard
+    monkeypatch.setattr(shards, "FLUSH_SECONDS", 0.0)  # each batch is written
+    monkeypatch.setattr(shards, "SHARD_BYTES", 12 * 16)  # twelve images a shard
     add, random, kills = shards.add, np.random.default_rng(0), 0
     while True:
         left = random.integers(1, 4)
@@ -137,7 +133,7 @@ def test_fault_85_only_the_same_samples_are_gone_on_with(call, given, drawn, tmp
         code, _, err = call(sample, *shard, other)
         assert (code, err) == (
             2,
-            f"error: {tmp_path} holds samples of other settings ({told}); take another --out, or say --overwrite\n",
+            f"error: {tmp_path} holds samples of other settings ({told}); take another --out, or add --overwrite\n",
         )
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     code, told, _ = call(sample, *shard, "--batch-size=16")
@@ -169,4 +165,4 @@ def test_shards_hold_what_the_one_file_holds(call, given, drawn, tmp_path):
     (out / "samples-00001.npz").unlink()
     code, _, err = call(evaluate, *options, "--overwrite")
     assert code == 3
-    assert f"{out} lacks some of its shards; it has samples-00000.npz, samples-00002.npz" in err
+    assert f"{out} lacks some shards; it has samples-00000.npz, samples-00002.npz" in err

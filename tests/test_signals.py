@@ -10,13 +10,14 @@ import threading
 import time
 
 import pytest
-from conftest import ROOT, SMALL, fingerprint, metrics
+from conftest import ROOT, SMALL, fingerprint, logged_metrics
 
-from ddpm_jax import checkpoint
+from ddpm_jax.run import checkpoint
 
 HEAD = """
 import hashlib, os, signal, sys, threading, time
-from ddpm_jax import errors, signals
+from ddpm_jax import errors
+from ddpm_jax.run import signals
 
 def now():
     os.write(1, b"now\\n")  # not by print, which a signal may interrupt
@@ -46,7 +47,7 @@ def run(program, *numbers, seconds=20):
 
 BEFORE = """
 def main(argv):
-    with signals.caught():
+    with signals.catch():
         now()
         time.sleep(10)
 
@@ -67,11 +68,11 @@ def test_a_signal_before_there_is_anything_to_save(number, code, told):
 def test_old_handlers_are_back_afterwards():
     program = """
     old = [signal.signal(number, print) for number in (signal.SIGINT, signal.SIGTERM)]
-    with signals.caught():
+    with signals.catch():
         assert signal.getsignal(signal.SIGTERM) is not print
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == [print, print]
     try:
-        with signals.caught():
+        with signals.catch():
             raise ValueError
     except ValueError:
         assert signal.getsignal(signal.SIGINT) is print
@@ -82,7 +83,7 @@ def test_old_handlers_are_back_afterwards():
 
 AFTER = """
 def main(argv):
-    with signals.caught() as asked:
+    with signals.catch() as asked:
         print(asked())
         for _ in range({times}):
             now()
@@ -137,7 +138,7 @@ def announce():
         now()
 
 def main(argv):
-    with signals.caught() as asked:
+    with signals.catch() as asked:
         asked()
         threading.Thread(target=announce, daemon=True).start()
         {wait}
@@ -243,4 +244,4 @@ def test_fault_69_a_step_that_hangs(trained, script, tmp_path, abort):
         again = script(*command, "--config.train.watchdog=100", **variables)  # a busy machine may be slow
         assert (again.returncode, again.stderr) == (0, "")
     assert fingerprint(tmp_path / "run") == fingerprint(trained)
-    assert metrics(tmp_path / "run") == metrics(trained)
+    assert logged_metrics(tmp_path / "run") == logged_metrics(trained)

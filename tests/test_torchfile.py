@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax.errors import CheckpointError
-from ddpm_jax.features import enl0, torchfile
+from ddpm_jax.evaluation.features import enl0, torchfile
 
 A, B = np.arange(24, dtype="<f4").reshape(2, 3, 4), np.array([7, 8], "<i8")
 
@@ -152,20 +152,20 @@ def broken(canary):
         "attribute": ("pth", archive({"a": Global("collections", "OrderedDict.fromkeys")}), "OrderedDict.fromkeys"),
         "whole model": ("pth", archive({"a": Global("torch.nn.modules.linear", "Linear")}), "linear.Linear"),
         "npz of objects": ("npz", npz(np.array([evil])), "allow_pickle"),
-        "not tensors": ("pth", archive({"epoch": 3, "a": tensor}), "something else than tensors"),
-        "list": ("pth", archive([tensor]), "something else than tensors"),
-        "beyond": ("pth", archive({"a": Tensor("FloatStorage", "0", 24, 13, (2, 3, 2), (6, 2, 1))}), "beyond"),
-        "before": ("pth", archive({"a": Tensor("FloatStorage", "0", 24, -1, (2,), (1,))}), "beyond"),
-        "backwards": ("pth", archive({"a": Tensor("FloatStorage", "0", 24, 5, (9,), (-1,))}), "beyond"),
-        "blown up": ("pth", archive({"a": Tensor("FloatStorage", "0", 24, 0, (10**6, 10**6), (0, 0))}), "beyond"),
-        "cut storage": ("pth", archive({"a": Tensor("FloatStorage", "0", 25, 0, (25,), (1,))}), "cut off"),
-        "other type": ("pth", archive({"a": Tensor("DoubleStorage", "0", 24, 0, (24,), (1,))}), "cut off"),
+        "not tensors": ("pth", archive({"epoch": 3, "a": tensor}), "not a dict of tensors"),
+        "list": ("pth", archive([tensor]), "not a dict of tensors"),
+        "beyond": ("pth", archive({"a": Tensor("FloatStorage", "0", 24, 13, (2, 3, 2), (6, 2, 1))}), "exceeds"),
+        "before": ("pth", archive({"a": Tensor("FloatStorage", "0", 24, -1, (2,), (1,))}), "exceeds"),
+        "backwards": ("pth", archive({"a": Tensor("FloatStorage", "0", 24, 5, (9,), (-1,))}), "exceeds"),
+        "blown up": ("pth", archive({"a": Tensor("FloatStorage", "0", 24, 0, (10**6, 10**6), (0, 0))}), "exceeds"),
+        "cut storage": ("pth", archive({"a": Tensor("FloatStorage", "0", 25, 0, (25,), (1,))}), "truncated"),
+        "other type": ("pth", archive({"a": Tensor("DoubleStorage", "0", 24, 0, (24,), (1,))}), "truncated"),
         "missing storage": ("pth", archive({"a": Tensor("FloatStorage", "7", 24, 0, (24,), (1,))}), "data/7"),
         "view": ("pth", legacy(state((("1", 0, 2),))), "views"),
         "big-endian": ("pth", archive(state(), order=b"big"), "big-endian"),
         "compressed": ("pth", archive(state(), zipfile.ZIP_DEFLATED), "compressed"),
         "truncated": ("pth", whole[: len(whole) // 2], ""),
-        "truncated legacy": ("pth", legacy(state((None,)))[:-8], "cut off"),
+        "truncated legacy": ("pth", legacy(state((None,)))[:-8], "truncated"),
         "empty": ("pth", b"", "Ran out of input"),
         "html": ("pth", b"<html>not found</html>", ""),
         "safetensors": ("safetensors", safetensors(data_offsets=[0, 92]), ""),

@@ -31,7 +31,7 @@ def test_micro_batches_in_a_loop_give_the_mean():
     data = jnp.arange(12.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.lax, "platform_dependent", lambda *args, **forms: forms["default"](*args))
-        found = jax.jit(lambda x: training._mean_over_parts(lambda p, x: {"m": p * x.mean()}, 3, 2.0, x))(data)
+        found = jax.jit(lambda x: training._mean_over_microbatches(lambda p, x: {"m": p * x.mean()}, 3, 2.0, x))(data)
     assert found["m"] == pytest.approx(11.0)
 
 
@@ -44,7 +44,7 @@ def test_micro_batches_bound_the_memory():
         return jnp.mean(x)
 
     def used(parts):
-        mean = jax.jit(lambda w, x: training._mean_over_parts(jax.value_and_grad(deep), parts, w, x))
+        mean = jax.jit(lambda w, x: training._mean_over_microbatches(jax.value_and_grad(deep), parts, w, x))
         compiled = mean.lower(jnp.ones((16, 16)), jnp.ones((4096, 16))).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from conftest import TINY, random_params
 
-from ddpm_jax import unet
 from ddpm_jax.config import Model
 from ddpm_jax.errors import ConfigError
+from ddpm_jax.networks import unet
 
 IMAGE = np.random.default_rng(0).normal(size=(8, 8, 1)).astype(np.float32)
 
@@ -82,7 +82,7 @@ def test_strided_convolution_pads_below_and_right():
 def test_doubling_is_the_convolution_of_repeated_pixels():
     """The products written out in float64; every place of the result, so edges and corners too."""
     x = np.random.default_rng(0).normal(size=(3, 5, 2))
-    layer = unet.convolution(4, jnp.float32, double=True)
+    layer = unet.convolution(4, jnp.float32, upsample=True)
     params = random_params(lambda key: layer.init(key, jnp.asarray(x, jnp.float32))["params"])
     found = layer.apply({"params": params}, jnp.asarray(x, jnp.float32))
 

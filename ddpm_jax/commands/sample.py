@@ -1,6 +1,6 @@
 """Sample from a trained run: python -m ddpm_jax sample --workdir=runs/digits --num=64 --seed=0
 
-Needs the folder of the run and nothing else. Image i of a seed is the same picture in any batch.
+Needs only the folder of the run. Image i of a seed is the same in any batch.
 """
 
 import dataclasses
@@ -13,165 +13,165 @@ import warnings
 import zlib
 from pathlib import Path
 
-from ddpm_jax import commands, errors, log, options
-from ddpm_jax.files import expand, write_atomic
+from ddpm_jax import commands, errors, options
+from ddpm_jax.run import log
+from ddpm_jax.run.files import expand, write_atomic
 
-PAIR = "two values with a comma between", lambda value: len(value) in (0, 2)
+PAIR = "two values separated by a comma", lambda value: len(value) in (0, 2)
 
 
 @dataclasses.dataclass(frozen=True)
 class Args(options.Arguments):
     workdir: str = options.option("runs/digits", "folder of the run, or of one step of it")
-    step: int = options.option(0, "of the checkpoint; 0 for the newest", options.at_least(0))
-    num: int = options.option(64, "images", options.at_least(1))
+    step: int = options.option(*options.STEP)
+    num: int = options.option(64, "number of images", options.at_least(1))
     seed: int = options.option(0, "seed of the images", options.at_least(0), options.below(2**32))
-    sampler: str = options.option("ddpm", "a name in ddpm_jax.samplers.SAMPLERS")
+    sampler: str = options.option("ddpm", "sampler, a name in ddpm_jax.samplers.SAMPLERS")
     steps: int = options.option(0, "sampling steps; 0 for all T", options.at_least(0))
-    spacing: str = options.option("trailing", "of the times, a name in ddpm_jax.schedules.SPACINGS")
+    spacing: str = options.option("trailing", "spacing of the sampling times, a name in ddpm_jax.schedules.SPACINGS")
     eta: float | None = options.option(None, "noise of the sampler ddim, from 0 to 1")
-    churn: float | None = options.option(None, "by how much the sampler edm raises the noise before a step")
-    variance: str | None = options.option(None, "of the sampler ddpm, a name in ddpm_jax.diffusion.VARIANCES")
-    limit: str = options.option("clip", "on x_0_hat, a name in ddpm_jax.diffusion.LIMITS")
-    weights: str = options.option(
-        "ema", "averaged or plain parameters, or the length (sigma_rel) of a post-hoc average", options.which_weights
-    )
-    member: int = options.option(0, "of an ensemble, the run to take", options.at_least(0))
-    label: str | None = options.option(None, "class of all images, a number or a name; without it each in turn")
+    churn: float | None = options.option(None, "how much noise the sampler edm adds before a step")
+    variance: str | None = options.option(None, "variance of the sampler ddpm, a name in ddpm_jax.diffusion.VARIANCES")
+    limit: str = options.option("clip", "how x_0_hat is limited, a name in ddpm_jax.diffusion.LIMITS")
+    weights: str = options.option(*options.WEIGHTS)
+    member: int = options.option(*options.MEMBER)
+    label: str | None = options.option(None, "class of all images, a number or a name; by default all in turn")
     guidance: float = options.option(1.0, "scale of classifier-free guidance; 1 for none", options.finite)
-    interval: tuple[float, ...] = options.option((), "LOW,HIGH: the times with guidance; empty for all", PAIR)
-    interpolate: tuple[str, ...] = options.option((), "two pictures, to be joined by --num images", PAIR)
-    level: float = options.option(
-        0.0, "the time at which --interpolate mixes; 0 for the middle one", options.at_least(0)
-    )
-    inpaint: str = options.option("", "a picture, to be painted anew where --mask is white")
+    interval: tuple[float, ...] = options.option((), "LOW,HIGH: guide only at these times; at all when empty", PAIR)
+    interpolate: tuple[str, ...] = options.option((), "FILE,FILE: two pictures; draw --num images between them", PAIR)
+    level: float = options.option(0.0, "the time t at which --interpolate mixes them; 0 for T / 2", options.at_least(0))
+    inpaint: str = options.option("", "a picture, to be repainted where --mask is white")
     mask: str = options.option("", "a picture of the same shape, black where --inpaint is kept")
-    jump: int = options.option(10, "steps that --inpaint goes back at a time", options.at_least(1))
-    repeats: int = options.option(5, "how often --inpaint takes each step", options.at_least(1))
-    reconstruct: str = options.option("", "a picture, to be encoded by the sampler ddim and decoded again")
+    jump: int = options.option(10, "number of steps that --inpaint jumps back", options.at_least(1))
+    repeats: int = options.option(5, "how often --inpaint repeats each step", options.at_least(1))
+    reconstruct: str = options.option("", "a picture to encode to noise and decode, by the sampler ddim")
     batch_size: int = options.option(64, "images at a time, over all devices", options.at_least(1))
     out: str = options.option("", "folder to write to; WORKDIR/out when empty")
     png: bool = options.option(False, "also write each image as a PNG")
     gif: bool = options.option(False, "also write a GIF of the first batch being denoised")
-    preview: bool = options.option(False, "let the GIF show x_0_hat instead of x_t")
+    preview: bool = options.option(False, "show x_0_hat instead of x_t in the GIF")
     shards: int = options.option(
-        0, "leave files samples-00000.npz ... of so many images each in place of samples.npz", options.at_least(0)
+        0, "write samples-00000.npz, ... of this many images each instead of samples.npz", options.at_least(0)
     )
     overwrite: bool = options.option(False, "write into a folder that already holds samples")
-    platform: str = options.option("auto", "what to run on", options.one_of("auto", "cpu", "gpu", "tpu"))
-    cpu_devices: int = options.option(
-        0, "as how many devices a CPU is used; 0 for up to one a core", options.at_least(0)
-    )
-    debug: bool = options.option(False, "show tracebacks")
+    platform: str = options.option(*options.PLATFORM)
+    cpu_devices: int = options.option(*options.CPU_DEVICES)
+    debug: bool = options.option(*options.DEBUG)
 
 
 FRAMES = 40  # of the GIF
-PLACES = ("workdir", "out", "png", "overwrite", "platform", "cpu_devices", "debug")  # change no image
+IRRELEVANT = ("workdir", "out", "png", "overwrite", "platform", "cpu_devices", "debug")  # options that change no image
 
 
 @log.quiet()
 def main(argv=None):
-    """The exit code of sampling with the options `argv`, those of the program when None."""
+    """Draw samples with the options `argv` (default: those of the command line); the exit code."""
     args = commands.parse(Args, argv, "sample", __doc__)
 
     import numpy as np
 
-    from ddpm_jax import experiment, keys, parallel, program, shards
+    from ddpm_jax import experiment, parallel
 
-    workdir, step = experiment.find(args.workdir, args.step)
+    workdir, step = experiment.find_run(args.workdir, args.step)
     out, indices = expand(args.out or workdir / "out"), np.arange(1 if args.reconstruct else args.num)
-    begun = (out / shards.SETTINGS).exists()  # and perhaps to be gone on with, which is seen to below
-    for name in () if args.overwrite or begun else [*files(args, indices), *(at.name for at in shards.files(out))]:
-        if (out / name).exists():
-            raise errors.ConfigError(f"{out} already holds samples ({name}); take another --out, or say --overwrite")
+    check_no_samples(args, out, indices)
     parallel.start(args.batch_size, platform=args.platform, distributed="off", cpu_devices=args.cpu_devices)
     parts, params, step = experiment.restore(workdir, args.weights, step, args.member)
-    steps, root = args.steps or parts.config.diffusion.T, keys.root(args.seed, "sample")
-    labels = choose_labels(args.label, parts, indices)
-    given = {name: getattr(args, name) for name in ("eta", "churn", "variance") if getattr(args, name) is not None}
-    draw = program.make_draw(
-        parts,
-        args.sampler,
-        steps,
-        args.spacing,
-        FRAMES if args.gif else 1,
-        args.preview,
-        args.limit,
-        args.guidance,
-        args.interval,
-        choose_edit(args, parts, root),
-        **given,
-    )
+    steps, labels = args.steps or parts.config.diffusion.T, choose_labels(args.label, parts, indices)
+    draw = functools.partial(make_draw(args, parts, steps), params, len(indices), args.seed, labels, args.batch_size)
     title = f"step {step:,} of {workdir}, {args.weights} weights, {args.sampler} with {steps} steps"
-    about = provenance(args, len(indices), params, step, steps)
-    draw_from = functools.partial(draw, params, len(indices), args.seed, labels, args.batch_size)
-    return draw_and_write(args, out, title, about, indices, labels, parts.shape, draw_from)
+    record = provenance(args, len(indices), params, step, steps)
+    return draw_and_write(args, out, title, record, indices, labels, parts.shape, draw)
 
 
-def draw_and_write(args, out, title, about, indices, labels, shape, draw_from):
-    """Draw the images that `out` does not hold yet, and write all; the exit code.
+def check_no_samples(args, out, indices):
+    """Raise ConfigError if `out` holds finished samples; shards.resume checks unfinished ones."""
+    from ddpm_jax.run import shards
 
-    about: that of provenance; draw_from(first) -> batches (b, frames, H, W, C) from image `first` on.
+    if args.overwrite or (out / shards.SETTINGS).exists():
+        return
+    for name in [*files(args, indices), *(file.name for file in shards.files(out))]:
+        if (out / name).exists():
+            raise errors.ConfigError(f"{out} already holds samples ({name}); take another --out, or add --overwrite")
+
+
+def make_draw(args, parts, steps):
+    """program.make_draw with the options of the command line."""
+    from ddpm_jax import keys, program
+
+    frames, edit = FRAMES if args.gif else 1, choose_edit(args, parts, keys.root(args.seed, "sample"))
+    arguments = args.spacing, frames, args.preview, args.limit, args.guidance, args.interval, edit
+    given = {name: getattr(args, name) for name in ("eta", "churn", "variance") if getattr(args, name) is not None}
+    return program.make_draw(parts, args.sampler, steps, *arguments, **given)
+
+
+def draw_and_write(args, out, title, record, indices, labels, shape, draw):
+    """Draw the images that `out` does not hold yet, and write all of them; the exit code.
+
+    record: that of provenance; draw(first) -> batches (b, frames, H, W, C) from image `first` on.
     """
-    from ddpm_jax import parallel, shards, signals
+    from ddpm_jax import parallel
+    from ddpm_jax.run import shards, signals
 
-    size = args.shards or max(1, shards.BYTES // math.prod(shape))
+    size = args.shards or max(1, shards.SHARD_BYTES // math.prod(shape))
     with errors.writing(f"--out={out}"):
         out.mkdir(parents=True, exist_ok=True)
-        done, lines = shards.resume(out, *about.values(), size, args.overwrite)
+        done, lines = shards.resume(out, *record.values(), size, args.overwrite)
     log.note(f"{title}, {parallel.describe()}")
-    for line in [*lines, *([f"going on after {done:,} of {len(indices):,} images in {out}"] if done else [])]:
+    for line in [*lines, *([f"resuming after {done:,} of {len(indices):,} images in {out}"] if done else [])]:
         log.note(line)
     frames = []  # those of the first batch, for the GIF
 
     def batches():
-        clock, count = time.monotonic(), done
-        for batch in draw_from(done) if done < len(indices) else ():
+        start, count = time.monotonic(), done
+        for batch in draw(done) if done < len(indices) else ():
             if count == 0:
                 frames.append(batch[:64].swapaxes(0, 1))
             count += len(batch)
-            log.note(f"{count}/{len(indices)} images, {(count - done) / (time.monotonic() - clock):.1f} a second")
+            log.note(f"{count}/{len(indices)} images, {(count - done) / (time.monotonic() - start):.1f} per second")
             yield batch[:, -1]
 
-    def begin():
-        write_atomic(out / shards.SETTINGS, (json.dumps(about, indent=2) + "\n").encode())
+    def before_write():
+        write_atomic(out / shards.SETTINGS, (json.dumps(record, indent=2) + "\n").encode())
         save_gif(args, out, frames)
 
     with (
-        signals.caught() as asked,
-        parallel.memory_for(f"try a --batch-size smaller than {args.batch_size}"),
+        signals.catch() as stop_requested,
+        parallel.memory_advice(f"try a --batch-size smaller than {args.batch_size}"),
         errors.writing(f"--out={out}"),
     ):
-        base, left, code = shards.write(out, batches(), shape, done, size, labels, begin, asked)
-    there = base + len(left)
-    if there < len(indices):
-        log.note(f"kept {there:,} of {len(indices):,} images in {out}; the same command goes on from there")
+        base, rest, code = shards.write(out, batches(), shape, done, size, labels, before_write, stop_requested)
+    count = base + len(rest)
+    if count < len(indices):
+        log.note(f"kept {count:,} of {len(indices):,} images in {out}; the same command resumes from there")
         return code
     with errors.writing(f"--out={out}"):
         if args.shards:
-            begin()
-            shards.add(out, base, size, left, labels)
-        finish(args, out, indices, labels, lambda: shards.chunks(out, base, size, left))
+            before_write()
+            shards.add(out, base, size, rest, labels)
+        write_files(args, out, indices, labels, lambda: shards.chunks(out, base, size, rest))
         save_gif(args, out, frames)
         if not args.shards:
             shards.remove(out)
     kind = f"{-(-len(indices) // size)} shards" if args.shards else "samples.npz"
-    also = [kind, *["denoising.gif"] * args.gif, *[f"{len(indices)} images alone"] * args.png]
+    also = [kind, *["denoising.gif"] * args.gif, *[f"{len(indices)} single images"] * args.png]
     log.note(f"wrote {out / 'grid.png'}, {', '.join(also)}")
     return 0
 
 
 def files(args, indices):
-    """The names of the files that are written."""
-    from ddpm_jax import shards
+    """The names of the files to write; of shards only the first."""
+    from ddpm_jax.run import shards
 
-    pictures = [f"image_{index:06}.png" for index in indices] if args.png else []
+    pngs = [f"image_{index:06}.png" for index in indices] if args.png else []
     samples = shards.path(Path(), 0).name if args.shards else "samples.npz"
-    return [samples, "grid.png", *pictures, *(["denoising.gif"] if args.gif else [])]
+    return [samples, "grid.png", *pngs, *(["denoising.gif"] if args.gif else [])]
 
 
 def provenance(args, num, params, step, steps):
-    """{"settings": all that the images depend on, "environment": what changes them by rounding at most}."""
-    from ddpm_jax import checkpoint, parallel, trees
+    """{"settings": everything that determines the images, "environment": what changes them at most by rounding}."""
+    from ddpm_jax import parallel
+    from ddpm_jax.run import checkpoint, trees
 
     settings = vars(args) | {"num": num, "step": step, "steps": steps}
     settings |= {"parameters": f"{trees.digest(params):08x}"}
@@ -180,16 +180,17 @@ def provenance(args, num, params, step, steps):
         settings[name] = [f"{zlib.crc32(expand(path).read_bytes()):08x}" for path in paths if path]
     environment = checkpoint.versions() | {"devices": parallel.describe()}
     environment |= {name: settings[name] for name in ("batch_size", "gif", "preview")}
-    for name in (*PLACES, "batch_size", "gif", "preview"):
+    for name in (*IRRELEVANT, "batch_size", "gif", "preview"):
         del settings[name]
     return json.loads(json.dumps({"settings": settings, "environment": environment}))
 
 
-def finish(args, out, indices, labels, chunks):
-    """Write samples.npz, unless shards are to stay, and the pictures; chunks() -> the arrays of all images in turn."""
+def write_files(args, out, indices, labels, chunks):
+    """Write samples.npz (unless --shards) and the PNGs; chunks() -> all images in order, as arrays (n, H, W, C)."""
     import numpy as np
 
-    from ddpm_jax import images, shards
+    from ddpm_jax import images
+    from ddpm_jax.run import shards
 
     def each():
         return (image for chunk in chunks() for image in chunk)
@@ -203,7 +204,7 @@ def finish(args, out, indices, labels, chunks):
 
 
 def save_gif(args, out, frames):
-    """Write denoising.gif of the first batch; not where that was drawn by a command before this one."""
+    """Write denoising.gif of the first batch, unless an interrupted command has drawn that batch."""
     from ddpm_jax import images
 
     if args.gif and frames:
@@ -211,93 +212,97 @@ def save_gif(args, out, frames):
 
 
 def choose_labels(label, parts, indices):
-    """One label an image, or None for a model without classes."""
+    """One label per image, or None for a model without classes."""
     from ddpm_jax import experiment
 
     if label is None:
-        return experiment.labels_in_turn(parts, indices)
+        return experiment.cyclic_labels(parts, indices)
     return indices * 0 + experiment.find_label(parts, label)
 
 
 def choose_edit(args, parts, root):
-    """What --interpolate, --inpaint or --reconstruct put in the place of pure noise; None for none of them."""
+    """The edit of --interpolate, --inpaint or --reconstruct, which replaces sampling from pure noise; None for none."""
     from ddpm_jax import editing, keys, schedules
 
-    look = parts.shape, parts.config.data.range
-    asked = [name for name in ("interpolate", "inpaint", "reconstruct") if getattr(args, name)]
-    if len(asked) > 1:
-        raise errors.ConfigError(f"--{asked[0]} and --{asked[1]} exclude each other")
-    if bool(args.inpaint) != bool(args.mask):
-        raise errors.ConfigError("--inpaint and --mask go together")
-    if asked and parts.config.model.num_classes and args.label is None:
-        raise errors.ConfigError(f"--{asked[0]} with a model of classes needs one --label")
-    for name, needs in (("level", "interpolate"), ("jump", "inpaint"), ("repeats", "inpaint")):
-        if getattr(args, name) != getattr(Args, name) and not getattr(args, needs):
-            raise errors.ConfigError(f"--{name} belongs to --{needs}")
-    if args.inpaint and args.jump >= (args.steps or parts.config.diffusion.T):
-        raise errors.ConfigError(f"--jump={args.jump} must be less than the steps; nothing would be repeated")
-    if args.reconstruct and args.num not in (1, Args.num):
-        raise errors.ConfigError(f"--reconstruct makes one image; leave --num={args.num} out")
+    check_edit(args, parts.config)
+    shape_and_range = parts.shape, parts.config.data.range
     if args.interpolate:
         if args.level % 1 and isinstance(parts.schedule, schedules.DiscreteSchedule):
             raise errors.ConfigError(f"--level={args.level:g} must be a whole time, from 1 to {parts.schedule.T}")
         level = args.level or parts.schedule.T / 2
         if not 0 < level <= parts.schedule.T:
             raise errors.ConfigError(f"--level={level:g} must be above 0 and at most {parts.schedule.T}")
-        pictures = [read(path, *look)[0] for path in args.interpolate]
-        return editing.interpolate(parts.schedule, level, keys.named(root, "pair"), *pictures, args.num)
+        pair = [read(path, *shape_and_range)[0] for path in args.interpolate]
+        return editing.interpolate(parts.schedule, level, keys.named(root, "pair"), *pair, args.num)
     if args.inpaint:
-        known, size = read(args.inpaint, *look)
+        known, size = read(args.inpaint, *shape_and_range)
         mask = read_mask(args.mask, args.inpaint, size, parts.shape)
         return editing.inpaint(parts.schedule, known, mask, args.jump, args.repeats)
     if args.reconstruct:
-        if args.sampler != "ddim" or args.eta:
-            raise errors.ConfigError("--reconstruct follows the deterministic way: say --sampler=ddim, and no --eta")
-        return editing.reconstruct(parts.schedule, read(args.reconstruct, *look)[0])
+        return editing.reconstruct(parts.schedule, read(args.reconstruct, *shape_and_range)[0])
     return None
 
 
-def read(path, shape, value_range=()):
-    """(a picture file in the shape of the model's images, in [-1, 1]; its own height and width).
+def check_edit(args, config):
+    """Raise ConfigError for editing options that do not go together, or not with the config of the run."""
+    edits = [name for name in ("interpolate", "inpaint", "reconstruct") if getattr(args, name)]
+    if len(edits) > 1:
+        raise errors.ConfigError(f"--{edits[0]} and --{edits[1]} exclude each other")
+    if bool(args.inpaint) != bool(args.mask):
+        raise errors.ConfigError("--inpaint and --mask go together")
+    if edits and config.model.num_classes and args.label is None:
+        raise errors.ConfigError(f"--{edits[0]} with a class-conditional model needs one --label")
+    for name, needs in (("level", "interpolate"), ("jump", "inpaint"), ("repeats", "inpaint")):
+        if getattr(args, name) != getattr(Args, name) and not getattr(args, needs):
+            raise errors.ConfigError(f"--{name} needs --{needs}")
+    if args.inpaint and args.jump >= (args.steps or config.diffusion.T):
+        raise errors.ConfigError(f"--jump={args.jump} must be less than the steps; nothing would be repeated")
+    if args.reconstruct and args.num not in (1, Args.num):
+        raise errors.ConfigError(f"--reconstruct makes one image; leave --num={args.num} out")
+    if args.reconstruct and (args.sampler != "ddim" or args.eta):
+        raise errors.ConfigError("--reconstruct needs the deterministic sampler: set --sampler=ddim and no --eta")
 
-    value_range: that of the run's data.
-    """
-    from ddpm_jax import data, images
+
+def read(path, shape, value_range=()):
+    """(a picture file in the model's shape, in [-1, 1]; its own height and width); value_range: the run's data.range"""
+    from ddpm_jax import data, diffusion
 
     try:
         height, width = data.read(expand(path), (), shape[-1], value_range).shape[:2]
-        picture = images.to_unit(data.read(expand(path), shape[:2], shape[-1], value_range))
-    except Exception as error:  # Pillow raises whatever a broken file brings about
+        picture = diffusion.to_unit(data.read(expand(path), shape[:2], shape[-1], value_range))
+    except Exception as error:  # Pillow can raise anything on a damaged file
         raise errors.DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     scale = min(height / shape[0], width / shape[1])
     if (height, width) != (round(scale * shape[0]), round(scale * shape[1])):
-        log.note(f"of {path}, {width}x{height}, the central {scale * shape[1]:.0f}x{scale * shape[0]:.0f} are taken")
+        log.note(f"{path}, {width}x{height}, is cropped to its central {scale * shape[1]:.0f}x{scale * shape[0]:.0f}")
     return picture, (height, width)
 
 
 def read_mask(path, known, size, shape):
-    """The mask of the picture `known` of that size in the model's shape, true where it is kept: more than half black.
+    """The mask for the picture `known` of that size, in the model's shape: true (kept) where more than half black.
 
-    Raises ConfigError for one of other proportions than the picture, of which another part would be cut; for one that
-    keeps all or nothing; and for transparent parts, which could mean either.
+    Raises ConfigError for a mask of another aspect ratio, which would be cropped differently; for one that keeps all
+    or nothing; and for transparent parts, which are ambiguous.
     """
     import numpy as np
     from PIL import Image
 
-    mask, (down, across) = read(path, shape)
+    mask, (mask_height, mask_width) = read(path, shape)
     levels, (height, width) = (mask + 1) / 2, size
-    if abs(height * across - width * down) > max(height, width, down, across):  # by more than rounding
+    if abs(height * mask_width - width * mask_height) > max(
+        height, width, mask_height, mask_width
+    ):  # more than rounding
         raise errors.ConfigError(
-            f"--inpaint={known} is {width}x{height}, --mask={path} {across}x{down}: other parts of them would be cut "
-            f"for the model's {shape[1]}x{shape[0]}; give both the same size, or crop both to that one"
+            f"--inpaint={known} is {width}x{height}, --mask={path} {mask_width}x{mask_height}: they would be cropped "
+            f"differently to the model's {shape[1]}x{shape[0]}; give both the same size, or crop both to that one"
         )
     with Image.open(expand(path)) as picture:
         if picture.has_transparency_data and picture.convert("RGBA").getchannel("A").getextrema()[0] < 255:
             raise errors.ConfigError(f"--mask={path} has transparent parts; save it as black (kept) and white, opaque")
     if np.all(levels < 0.5) or np.all(levels >= 0.5):
-        what = "black, so that nothing is painted" if levels[0, 0, 0] < 0.5 else "white, so that nothing is kept"
+        effect = "black, so that nothing is painted" if levels[0, 0, 0] < 0.5 else "white, so that nothing is kept"
         low, high = (255 * float(level) for level in (levels.min(), levels.max()))
-        raise errors.ConfigError(f"--mask={path} is all {what} (levels {low:.0f} to {high:.0f} of 255)")
+        raise errors.ConfigError(f"--mask={path} is all {effect} (levels {low:.0f} to {high:.0f} of 255)")
     gray = np.mean((levels > 0.25) & (levels < 0.75))
     if gray > 0.25:
         warnings.warn(

@@ -1,7 +1,19 @@
 """Images from a source as one uint8 array, and batches of them as a pure function of (seed, step)."""
 
 from ddpm_jax.data.intake import read
-from ddpm_jax.data.loader import Dataset, batch, fingerprint, prefetch, reorder_classes
+from ddpm_jax.data.labels import reorder_classes, with_labels, with_labels_of_run
+from ddpm_jax.data.loader import Dataset, batch, fingerprint, prefetch
 from ddpm_jax.data.sources import SOURCES, load
 
-__all__ = ["SOURCES", "Dataset", "batch", "fingerprint", "load", "prefetch", "read", "reorder_classes"]
+__all__ = [
+    "SOURCES",
+    "Dataset",
+    "batch",
+    "fingerprint",
+    "load",
+    "prefetch",
+    "read",
+    "reorder_classes",
+    "with_labels",
+    "with_labels_of_run",
+]

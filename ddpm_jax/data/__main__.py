@@ -1,17 +1,17 @@
-"""Prepare, describe and show a data source: python -m ddpm_jax.data tfds:fashion_mnist --out=grid.png"""
+"""Prepare, describe and preview a data source: python -m ddpm_jax.data tfds:fashion_mnist --out=grid.png"""
 
 import dataclasses
 import sys
 
 from ddpm_jax import errors, options
 from ddpm_jax.config import Data
-from ddpm_jax.files import expand
-from ddpm_jax.log import without_warnings_of_absl
+from ddpm_jax.run.files import expand
+from ddpm_jax.run.log import hide_absl_warnings
 
 
 @dataclasses.dataclass(frozen=True)
 class Args(options.Arguments):
-    source: str = options.option("", "digits, tfds:NAME, folder:DIR or npz:FILE; also as the first word")
+    source: str = options.option("", "digits, tfds:NAME, folder:DIR or npz:FILE; may be the first argument")
     split: str = options.same_as(Data, "split")
     image_size: tuple[int, ...] = options.same_as(Data, "image_size")
     channels: int = options.same_as(Data, "channels")
@@ -23,40 +23,39 @@ class Args(options.Arguments):
     cache_dir: str = options.same_as(Data, "cache_dir")
     num: int = options.option(64, "images in the grid, evenly spaced in the data", options.at_least(1))
     out: str = options.option("", "PNG to write a grid of images to")
-    debug: bool = options.option(False, "show tracebacks")
+    debug: bool = options.option(*options.DEBUG)
 
 
-@without_warnings_of_absl()  # TFDS warns of what is as it should be
+@hide_absl_warnings()  # TFDS warns about normal conditions
 def main(argv=None):
-    """Print what the data are, one fact a line."""
-    argv = options.first_named(options.words(argv), "source")
-    args = options.parse(Args, argv, "-m ddpm_jax.data SOURCE", __doc__)
+    """Print a description of the data, one fact per line."""
+    args = options.parse(Args, argv, "-m ddpm_jax.data SOURCE", __doc__, positional=["source"])
     if not args.source:
         raise errors.ConfigError("name a source, for example python -m ddpm_jax.data folder:my_pictures")
     if args.files and not args.source.startswith("tfds:"):
-        raise errors.ConfigError(f"--files={args.files} goes with a source tfds:NAME, not with {args.source}")
+        raise errors.ConfigError(f"--files={args.files} needs a source tfds:NAME, not {args.source}")
 
     import numpy as np
 
-    from ddpm_jax import data, evaluation
+    from ddpm_jax import data
+    from ddpm_jax.evaluation import metrics
 
-    named = {name: value for name, value in vars(args).items() if name not in ("num", "out", "debug")}
-    dataset = data.load(**named)
+    dataset = data.load(**{name: value for name, value in vars(args).items() if name not in ("num", "out", "debug")})
     count, height, width, channels = dataset.images.shape
-    found = evaluation.tint(dataset.images)
+    found = metrics.channel_statistics(dataset.images)
     mean, std = found.mean / 255, found.spread / 255
     print(f"{count:,} images of {height}x{width}x{channels}")
     print("mean", *(f"{value:.5f}" for value in mean), "std", *(f"{value:.5f}" for value in std), "(0 black, 1 white)")
     if dataset.labels is not None:
-        classes, each = np.unique(dataset.labels, return_counts=True)
-        print(f"{len(classes)} classes from {classes[0]} to {classes[-1]}, with", *(f"{n:,}" for n in each), "images")
+        classes, counts = np.unique(dataset.labels, return_counts=True)
+        print(f"{len(classes)} classes from {classes[0]} to {classes[-1]}, with", *(f"{n:,}" for n in counts), "images")
     if list(dataset.classes) != [str(i) for i in range(len(dataset.classes))]:
         print("labels", ", ".join(f"{i} {name!r}" for i, name in enumerate(dataset.classes)))
     print("fingerprint", data.fingerprint(dataset))
     if args.out:
         from ddpm_jax import images
 
-        picked = np.linspace(0, count - 1, min(count, args.num)).astype(int)
+        picked = images.evenly_spaced(count, args.num)
         with errors.writing(f"--out={args.out}"):
             images.save_png(expand(args.out), images.grid(dataset.images[picked]))
     return 0

@@ -1,4 +1,4 @@
-"""scikit-learn's 1,797 handwritten digits (UCI, 8x8, 17 gray levels) as a TFDS data set, made offline."""
+"""scikit-learn's 1,797 handwritten digits (UCI, 8x8, 17 gray levels) as a TFDS data set, prepared offline."""
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -29,7 +29,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         return {"train": self._generate_examples()}
 
     def _generate_examples(self):
-        from sklearn.datasets import load_digits  # here, as it takes a second that only the first run needs
+        from sklearn.datasets import load_digits  # takes a second, and only the first run needs it
 
         digits = load_digits()
         levels = np.round(digits.images * 255 / 16).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""TFDS data sets in its format array_record, which is read and written without TensorFlow."""
+"""TFDS data sets in the array_record format, which needs no TensorFlow."""
 
 import functools
 import os
@@ -9,14 +9,14 @@ from ddpm_jax.data.intake import fit_array
 from ddpm_jax.data.maps import GROUP, decode
 from ddpm_jax.data.prepare import SETS, prepare, write
 from ddpm_jax.errors import DataError, first_line
-from ddpm_jax.files import cache_folder, expand, has_home, locked
-from ddpm_jax.log import note, without_warnings_of_absl
+from ddpm_jax.run.files import cache_folder, expand, has_home, locked
+from ddpm_jax.run.log import hide_absl_warnings, note
 
 
 def from_tfds(
     name, image_size, channels, split="train", range=(), data_dir="", cache_dir="~/.cache/ddpm_jax", files="", **_
 ):
-    """A split of a TFDS data set; those in SETS are prepared first, from archives in the folder `files` if given."""
+    """A split of a TFDS data set. Sets in SETS are prepared first if need be, from archives in `files` if given."""
     import tensorflow_datasets as tfds
 
     def make():
@@ -32,19 +32,19 @@ def from_tfds(
     if builder.name in SETS:
         try:
             builder = _prepared(make, lambda builder: prepare(builder, files))
-        except (OSError, RuntimeError) as error:  # the latter from the writer of array_record
+        except (OSError, RuntimeError) as error:  # RuntimeError: from the writer of array_record
             reason = first_line(error)
             raise DataError(f"cannot prepare TFDS data set {name}: {reason}; give another data.data_dir") from error
     if not builder.is_prepared():
         raise DataError(
             f"TFDS data set {name} is not prepared in {builder.data_dir_root}, and only {', '.join(SETS)} are prepared "
-            f"here; do it {_with_tensorflow(name, builder.data_dir_root)}, or take its pictures as folder:DIR"
+            f"here; do it {_with_tensorflow(name, builder.data_dir_root)}, or use its pictures as folder:DIR"
         )
     return _from_builder(builder, image_size, channels, split, cache_dir, range)
 
 
 def _folder(data_dir):
-    """The folder of prepared sets; None for TFDS's own default, which is one of the environment or of the home."""
+    """The folder of prepared sets; None for TFDS's default, which depends on the environment or the home folder."""
     if data_dir:
         return expand(data_dir)
     return None if has_home() or "TFDS_DATA_DIR" in os.environ else cache_folder() / "tensorflow_datasets"
@@ -55,7 +55,7 @@ def _with_tensorflow(name, data_dir):
 
 
 def from_digits(_, image_size, channels, split="train", data_dir="", cache_dir="~/.cache/ddpm_jax", **__):
-    """scikit-learn's 1,797 handwritten digits; the first use prepares them as a TFDS data set, without a network."""
+    """scikit-learn's 1,797 handwritten digits. The first use prepares them as a TFDS data set; no network is needed."""
     from ddpm_jax.data.digits import Digits
 
     def make():
@@ -69,14 +69,14 @@ def from_digits(_, image_size, channels, split="train", data_dir="", cache_dir="
 
 
 def _prepared(make, prepare):
-    """The builder `make()`, after `prepare(builder)` if it was not prepared, which one process does at a time."""
+    """The builder make(), after prepare(builder) if it was not prepared; one process at a time prepares."""
     builder = make()
     if builder.is_prepared():
         return builder
     builder.data_dir_root.mkdir(parents=True, exist_ok=True)
     with locked(builder.data_dir_root / f"{builder.name}.lock"):
         builder = make()
-        if not builder.is_prepared():  # nor by another process meanwhile
+        if not builder.is_prepared():  # another process may have done it meanwhile
             prepare(builder)
     return make()
 
@@ -84,8 +84,8 @@ def _prepared(make, prepare):
 def _from_builder(builder, image_size, channels, split, cache_dir, levels=()):
     try:
         rows = builder.as_data_source(split=split)
-        with without_warnings_of_absl():  # of OpenCV, which is not installed
-            rows[0]  # only now is a file opened
+        with hide_absl_warnings():  # that OpenCV is not installed
+            rows[0]  # opens the first file
     except NotImplementedError as error:
         how = "" if builder.name in SETS else f" and prepare it there, {_with_tensorflow(builder.name, 'DIR')}"
         raise DataError(
@@ -95,7 +95,7 @@ def _from_builder(builder, image_size, channels, split, cache_dir, levels=()):
     except (RuntimeError, ValueError, LookupError, AssertionError, OSError) as error:
         raise DataError(
             f"TFDS data set {builder.info.full_name} in {builder.data_dir} has no split {split}, or is damaged "
-            f"({first_line(error)}); in the latter case delete that folder and prepare it anew"
+            f"({first_line(error)}); in the latter case delete that folder and prepare it again"
         ) from error
     if "image" not in builder.info.features:
         raise DataError(f"TFDS data set {builder.info.full_name} has no feature 'image'")
@@ -105,11 +105,11 @@ def _from_builder(builder, image_size, channels, split, cache_dir, levels=()):
         raise DataError(f"data.range is for values of more than 8 bits, {builder.info.full_name} has 8; leave it out")
     if not image_size and None in features["image"].shape[:2]:
         raise DataError(
-            f"{builder.info.full_name} has images of several sizes; --config.data.image_size=64 makes them one"
+            f"{builder.info.full_name} has images of several sizes; add for example --config.data.image_size=64"
         )
 
     @functools.lru_cache(os.cpu_count())
-    def group(i):  # several times faster than one by one
+    def group(i):  # several times faster than reading rows one by one
         return rows.__getitems__(range(i * GROUP, min(len(rows), (i + 1) * GROUP)))
 
     def get(i):

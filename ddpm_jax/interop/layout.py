@@ -1,17 +1,18 @@
-"""diffusers' configs as ours and back: UNet2DModel and DDPMScheduler <-> Config, shape of an image.
+"""Convert configs: diffusers' UNet2DModel and DDPMScheduler <-> Config and the shape of an image.
 
-Whatever the other side cannot say is refused by name; nothing is taken for something similar. The names and defaults
-are those of diffusers 0.35 to 0.42, which also reads the older files without the newer keys.
+A setting that the other side does not support is an error that names it; nothing is approximated. Names and defaults
+are those of diffusers 0.35 to 0.42, which also reads older files without the newer keys.
 """
 
 import json
 
 import numpy as np
 
-from ddpm_jax import experiment, schedules, trees
+from ddpm_jax import experiment, schedules
 from ddpm_jax.config import Config, Data, Diffusion, Model, Train
 from ddpm_jax.errors import ConfigError
-from ddpm_jax.unet import largest_divisor
+from ddpm_jax.networks.unet import largest_divisor
+from ddpm_jax.run import trees
 
 UNET = {  # UNet2DModel's options and their defaults
     "sample_size": None,
@@ -43,7 +44,7 @@ UNET = {  # UNet2DModel's options and their defaults
     "num_class_embeds": None,
     "num_train_timesteps": None,
 }
-UNET_TAKEN = {  # the values that our network knows
+UNET_SUPPORTED = {  # the values that our network supports
     "center_input_sample": (False,),
     "time_embedding_type": ("positional",),
     "freq_shift": (0, 1),
@@ -59,7 +60,7 @@ UNET_TAKEN = {  # the values that our network knows
     "class_embed_type": (None,),
     "num_class_embeds": (None,),
 }
-EMA = (  # what EMAModel.save_pretrained adds to the config of the network that it averages: nothing that the net needs
+EMA_KEYS = (  # added to the network's config by EMAModel.save_pretrained; the network does not need them
     "decay",
     "min_decay",
     "optimization_step",
@@ -68,7 +69,7 @@ EMA = (  # what EMAModel.save_pretrained adds to the config of the network that 
     "inv_gamma",
     "power",
 )
-SCHEDULER = {  # DDPMScheduler's
+SCHEDULER = {  # DDPMScheduler's options and their defaults
     "num_train_timesteps": 1000,
     "beta_start": 1e-4,
     "beta_end": 0.02,
@@ -93,7 +94,7 @@ BETAS = {  # beta_schedule: (T, beta_start, beta_end) -> betas
     "squaredcos_cap_v2": lambda T, start, end: schedules.cosine_betas(T),
     "sigmoid": lambda T, start, end: start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, T))),
 }
-SCHEDULER_TAKEN = {
+SCHEDULER_SUPPORTED = {
     "beta_schedule": tuple(BETAS),
     "variance_type": tuple(VARIANCES),
     "clip_sample": (True, False),
@@ -105,16 +106,16 @@ SCHEDULER_TAKEN = {
     "rescale_betas_zero_snr": (False, True),
 }
 DOWN, UP = ("DownBlock2D", "AttnDownBlock2D"), ("UpBlock2D", "AttnUpBlock2D")  # without and with attention
-FINE_TUNING = 2e-5  # the smaller one of the paper's two learning rates
+FINE_TUNING_RATE = 2e-5  # the smaller of the paper's two learning rates
 
 
 def from_diffusers(unet, scheduler, source="folder:"):
-    """(Config, shape of an image) of the two configs as dicts; `source` is what is to stand in config.data.
+    """(Config, shape of an image) from the two configs as dicts; `source` becomes config.data.source.
 
-    Raises ConfigError for a key that diffusers does not know, and for a value that ours cannot follow.
+    Raises ConfigError for a key that diffusers does not have, and for a value that our network does not support.
     """
-    unet = _complete(unet, "UNet2DModel", UNET, UNET_TAKEN, EMA)
-    scheduler = _complete(scheduler, "DDPMScheduler", SCHEDULER, SCHEDULER_TAKEN)
+    unet = _with_defaults(unet, "UNet2DModel", UNET, UNET_SUPPORTED, EMA_KEYS)
+    scheduler = _with_defaults(scheduler, "DDPMScheduler", SCHEDULER, SCHEDULER_SUPPORTED)
     try:
         model, shape = _model(unet)
         diffusion = _diffusion(scheduler)
@@ -128,26 +129,26 @@ def from_diffusers(unet, scheduler, source="folder:"):
         )
     size = shape[:1] if shape[0] == shape[1] else shape[:2]
     data = Data(source=source, image_size=size, channels=shape[-1])
-    train = Train(learning_rate=FINE_TUNING, sample_steps=min(Train.sample_steps, diffusion.T))
+    train = Train(learning_rate=FINE_TUNING_RATE, sample_steps=min(Train.sample_steps, diffusion.T))
     return Config(data=data, model=model, diffusion=diffusion, train=train), shape
 
 
-def _complete(given, kind, defaults, taken, harmless=()):
-    """The config `given` with the `defaults` of the class `kind` in the place of what it leaves out.
+def _with_defaults(given, kind, defaults, supported, ignored=()):
+    """The config `given` with the missing keys from the `defaults` of the class `kind`.
 
-    Keys that are `harmless`, or begin with _, say nothing of the object itself.
+    Drops keys that are `ignored` or begin with _, which do not describe the object.
     """
     if not isinstance(given, dict) or given.get("_class_name", kind) != kind:
-        told = given.get("_class_name") if isinstance(given, dict) else given
-        raise ConfigError(f"_class_name={told} cannot be taken; only a {kind} can")
-    given = {name: value for name, value in given.items() if not name.startswith("_") and name not in harmless}
+        name = given.get("_class_name") if isinstance(given, dict) else given
+        raise ConfigError(f"_class_name={name} is not supported; only a {kind} is")
+    given = {name: value for name, value in given.items() if not name.startswith("_") and name not in ignored}
     unknown = [f"{name}={json.dumps(value)}" for name, value in given.items() if name not in defaults]
     if unknown:
-        raise ConfigError(f"{kind} with {', '.join(unknown)} cannot be taken: no such key is known")
-    for name, values in taken.items():
+        raise ConfigError(f"{kind} with {', '.join(unknown)} is not supported: unknown key")
+    for name, values in supported.items():
         if given.get(name, defaults[name]) not in values:
-            said = " or ".join(map(json.dumps, values))
-            raise ConfigError(f"{kind} with {name}={json.dumps(given[name])} cannot be taken; only {said} can")
+            choices = " or ".join(map(json.dumps, values))
+            raise ConfigError(f"{kind} with {name}={json.dumps(given[name])} is not supported; only {choices} is")
     return defaults | given
 
 
@@ -158,20 +159,20 @@ def _model(unet):
         raise ConfigError("sample_size=null: write the side of the images into the U-Net's config.json")
     shape = (*(size if isinstance(size, list) else (size, size)), unet["in_channels"])
     if len(shape) != 3 or not all(isinstance(side, int) and side > 0 for side in shape) or shape[-1] not in (1, 3):
-        raise ConfigError(f"sample_size={size} with in_channels={shape[-1]} cannot be taken; only 1 or 3 channels can")
+        raise ConfigError(f"sample_size={size} with in_channels={shape[-1]} is not supported; only 1 or 3 channels are")
     if any(width % widths[0] for width in widths):
-        raise ConfigError(f"block_out_channels={widths} cannot be taken; each must be a multiple of the first")
+        raise ConfigError(f"block_out_channels={widths} is not supported; each must be a multiple of the first")
     if unet["time_embedding_dim"] not in (None, 4 * widths[0]):
-        raise ConfigError(f"time_embedding_dim={unet['time_embedding_dim']} cannot be taken; only {4 * widths[0]} can")
+        raise ConfigError(f"time_embedding_dim={unet['time_embedding_dim']} is not supported; only {4 * widths[0]} is")
     scale_shift, groups = unet["resnet_time_scale_shift"] == "scale_shift", unet["norm_num_groups"]
-    middle = unet["attn_norm_num_groups"] or (None if scale_shift else groups)  # else it has no norm
+    middle = unet["attn_norm_num_groups"] or (None if scale_shift else groups)  # None: no norm
     if middle != groups:
-        raise ConfigError(f"attn_norm_num_groups={json.dumps(middle)} cannot be taken; only {groups} can")
+        raise ConfigError(f"attn_norm_num_groups={json.dumps(middle)} is not supported; only {groups} is")
     model = Model(
         channels=widths[0],
         multipliers=tuple(width // widths[0] for width in widths),
         num_res_blocks=unet["layers_per_block"],
-        attention_resolutions=tuple(min(shape[:2]) >> level for level in _attending(unet, len(widths))),
+        attention_resolutions=tuple(min(shape[:2]) >> level for level in _attention_levels(unet, len(widths))),
         head_channels=unet["attention_head_dim"] or 0,
         dropout=unet["dropout"],
         scale_shift=scale_shift,
@@ -184,16 +185,16 @@ def _model(unet):
     return model, shape
 
 
-def _attending(unet, levels):
-    """The levels with attention, 0 being that of the image's own size."""
+def _attention_levels(unet, levels):
+    """The levels with attention; level 0 has full resolution."""
     for name, known in (("down_block_types", DOWN), ("up_block_types", UP)):
         if len(unet[name]) != levels or any(kind not in known for kind in unet[name]):
-            raise ConfigError(f"{name}={unet[name]} cannot be taken; only {levels} of {' or '.join(known)} can")
+            raise ConfigError(f"{name}={unet[name]} is not supported; it needs {levels} of {' or '.join(known)}")
     down = [level for level, kind in enumerate(unet["down_block_types"]) if kind == DOWN[1]]
     up = [level for level, kind in enumerate(reversed(unet["up_block_types"])) if kind == UP[1]]
     if down != up:
         raise ConfigError(
-            f"attention at the levels {down} on the way down and {up} on the way up cannot be taken; only the same can"
+            f"attention at levels {down} on the way down and {up} on the way up is not supported; they must be equal"
         )
     return down
 
@@ -203,7 +204,7 @@ def _diffusion(scheduler):
     betas = BETAS[scheduler["beta_schedule"]](T, scheduler["beta_start"], scheduler["beta_end"]) if own is None else own
     if len(betas) != T:
         raise ConfigError(f"trained_betas has {len(betas)} numbers, but num_train_timesteps={T}")
-    named = [name for name, make in schedules.SCHEDULES.items() if _same(make(T), betas)]
+    named = [name for name, make in schedules.SCHEDULES.items() if _close(make(T), betas)]
     parameterization = PREDICTIONS[scheduler["prediction_type"]]
     return Diffusion(
         schedule=named[0] if named else "linear",
@@ -217,28 +218,28 @@ def _diffusion(scheduler):
 
 
 def sampling(scheduler):
-    """The options of sample.py that follow a scheduler config: what a run does not keep."""
+    """The options of sample.py for a scheduler config: settings that are not part of a run."""
     scheduler = SCHEDULER | scheduler
     return f" --spacing={scheduler['timestep_spacing']}" + ("" if scheduler["clip_sample"] else " --limit=none")
 
 
-def _same(one, other):
+def _close(one, other):
     return np.allclose(one, other, rtol=1e-9, atol=0)
 
 
 def to_diffusers(parts):
-    """(U-Net config, scheduler config) of an Experiment, with all keys. Raises ConfigError for what they cannot say."""
+    """(U-Net config, scheduler config) of an Experiment, with all keys; ConfigError for what they cannot express."""
     model, diffusion = parts.config.model, parts.config.diffusion
-    refused = {
-        f"model.multipliers={','.join(map(str, model.multipliers))}, the first not being 1": model.multipliers[0] != 1,
+    unsupported = {
+        f"model.multipliers={','.join(map(str, model.multipliers))}, whose first is not 1": model.multipliers[0] != 1,
         f"model.num_classes={model.num_classes}: its DDPMPipeline gives no labels": model.num_classes,
         "diffusion.self_conditioning": diffusion.self_conditioning,
         f"diffusion.schedule={diffusion.schedule}, a continuous one": diffusion.schedule in schedules.CURVES,
         f"diffusion.base_resolution={diffusion.base_resolution}": diffusion.base_resolution,
     }
-    for what, wrong in refused.items():
-        if wrong:
-            raise _cannot_say(what)
+    for what, applies in unsupported.items():
+        if applies:
+            raise _not_expressible(what)
     height, width, channels = parts.shape
     sides = [min(height, width) >> level for level in range(len(model.multipliers))]
     attends = [side in model.attention_resolutions for side in sides]
@@ -266,7 +267,7 @@ def to_diffusers(parts):
     scheduler = SCHEDULER | {
         "_class_name": "DDPMScheduler",
         "num_train_timesteps": diffusion.T,
-        **_noise(diffusion.betas or schedules.SCHEDULES[diffusion.schedule](diffusion.T)),
+        **_beta_options(diffusion.betas or schedules.SCHEDULES[diffusion.schedule](diffusion.T)),
         "variance_type": theirs[0][diffusion.variance],
         "prediction_type": theirs[1][diffusion.parameterization],
         "rescale_betas_zero_snr": diffusion.zero_terminal_snr,
@@ -274,36 +275,36 @@ def to_diffusers(parts):
     return unet, scheduler
 
 
-def _cannot_say(what):
-    return ConfigError(f"diffusers' layout has no word for {what}; export to a FILE.safetensors, which has")
+def _not_expressible(what):
+    return ConfigError(f"diffusers' layout cannot express {what}; export to a FILE.safetensors instead")
 
 
 def _head_channels(model, attends):
-    """Channels of a head, which there are the same at every width; None stands for one head."""
+    """Channels of a head, which diffusers has equal at every width; None for one head."""
     if model.head_channels or model.num_heads == 1:
         return model.head_channels or None
     widths = [m * model.channels for m, here in zip(model.multipliers, attends, strict=True) if here]
     sizes = {width // model.num_heads for width in [*widths, model.multipliers[-1] * model.channels]}
     if len(sizes) > 1:
-        raise _cannot_say(f"model.num_heads={model.num_heads} where the attention has several widths")
+        raise _not_expressible(f"model.num_heads={model.num_heads} where the attention has several widths")
     return sizes.pop()
 
 
 def _groups(parts):
-    """The one number of groups of all norms."""
+    """The number of groups, which diffusers has equal in all norms."""
     if parts.config.model.groups != "auto":
         return parts.config.model.groups
     leaves = trees.flat(experiment.params_shape(parts))
     groups = {largest_divisor(leaf.size) for name, leaf in leaves.items() if name.endswith("/scale")}
     if len(groups) > 1:
-        raise _cannot_say(f"model.groups=auto, which here means {', '.join(map(str, sorted(groups)))}")
+        raise _not_expressible(f"model.groups=auto, which here means {', '.join(map(str, sorted(groups)))}")
     return groups.pop()
 
 
-def _noise(betas):
-    """beta_schedule with its ends when it has a name there, else trained_betas."""
+def _beta_options(betas):
+    """beta_schedule with its ends if diffusers has a name for it, else trained_betas."""
     ends = {"beta_start": float(betas[0]), "beta_end": float(betas[-1])}
     for name in ("linear", "scaled_linear", "squaredcos_cap_v2"):
-        if _same(BETAS[name](len(betas), *ends.values()), betas):
+        if _close(BETAS[name](len(betas), *ends.values()), betas):
             return {"beta_schedule": name} | ends
     return {"trained_betas": [float(beta) for beta in betas]}

@@ -1,15 +1,15 @@
-"""What is written and read: a folder in diffusers' layout, or one safetensors file with the config inside."""
+"""Read and write released weights: a folder in diffusers' layout, or one safetensors file that contains the config."""
 
 import json
 import zlib
 from typing import NamedTuple
 
 from ddpm_jax import config as configs
-from ddpm_jax import trees
 from ddpm_jax.config import Config
 from ddpm_jax.errors import CheckpointError, ConfigError, writing
-from ddpm_jax.files import write_atomic
 from ddpm_jax.interop import layout, tensors
+from ddpm_jax.run import trees
+from ddpm_jax.run.files import write_atomic
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PIPELINE = {
@@ -24,9 +24,9 @@ class Released(NamedTuple):
     config: Config
     shape: tuple[int, int, int]  # of an image
     arrays: dict  # name -> float32 array
-    spelling: tensors.Spelling  # of the arrays
-    notes: list[str]  # what the user is to know
-    sampling: str  # the options of sample.py that sample as its own pipeline does
+    format: tensors.TensorFormat  # of the arrays
+    notes: list[str]  # messages for the user
+    sampling: str  # the options of sample.py that match its own pipeline
 
 
 def is_file(path):
@@ -34,7 +34,7 @@ def is_file(path):
 
 
 def names(path):
-    """The files that `write` makes for `path`."""
+    """The files that `write` creates for `path`."""
     if is_file(path):
         return [path]
     return [
@@ -46,23 +46,23 @@ def names(path):
 
 
 def write(path, parts, params, **metadata):
-    """Write an Experiment's parameters; `metadata`, a dict of text, goes into a single file."""
+    """Write an Experiment's parameters; the `metadata`, all text, is only in a single file."""
     if is_file(path):
-        arrays = tensors.spelled(params, tensors.OURS)
+        arrays = tensors.from_params(params, tensors.OURS)
         metadata |= {"config": configs.to_json(parts.config), "shape": json.dumps(parts.shape)}
         tensors.write(path, arrays, metadata | {"crc32": _digest(arrays, metadata)})
         return
     unet, scheduler = layout.to_diffusers(parts)
     weights, *files = names(path)
-    spelling = tensors.diffusers(len(parts.config.model.multipliers))
-    tensors.write(weights, tensors.spelled(params, spelling), {"format": "pt"})
+    format = tensors.diffusers_format(len(parts.config.model.multipliers))
+    tensors.write(weights, tensors.from_params(params, format), {"format": "pt"})
     for file, content in zip(files, (unet, scheduler, PIPELINE), strict=True):
         with writing(file):
             write_atomic(file, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def read(path):
-    """The Released at `path`. Raises ConfigError and CheckpointError for what cannot be taken, by name."""
+    """The Released at `path`. Raises ConfigError or CheckpointError naming what is not supported."""
     if path.suffix in PICKLES:
         raise _pickle(path)
     if not path.exists():
@@ -71,14 +71,14 @@ def read(path):
 
 
 def _digest(arrays, metadata):
-    """CRC-32 of the arrays and of what says how to use them."""
+    """CRC-32 of the arrays, the config and the shape."""
     return str(zlib.crc32((metadata["config"] + metadata["shape"]).encode(), trees.digest(arrays)))
 
 
 def _read_file(path):
     arrays, metadata, notes = tensors.read(path)
     if not {"config", "shape", "crc32"} <= metadata.keys():
-        raise ConfigError(f"{path} has no ddpm_jax config inside; of diffusers' layout give the folder")
+        raise ConfigError(f"{path} contains no ddpm_jax config; for diffusers' layout give the folder")
     if metadata["crc32"] != _digest(arrays, metadata):
         raise CheckpointError(f"{path} is damaged: its checksum differs")
     config, shape = configs.from_json(metadata["config"], path), tuple(json.loads(metadata["shape"]))
@@ -89,7 +89,7 @@ def _read_folder(path):
     index = path / "model_index.json"
     kind = _json(index).get("_class_name") if index.exists() else PIPELINE["_class_name"]
     if kind != PIPELINE["_class_name"]:
-        raise ConfigError(f"{index} tells of a {kind}; only a {PIPELINE['_class_name']} can be taken")
+        raise ConfigError(f"{index} describes a {kind}; only a {PIPELINE['_class_name']} is supported")
     unet, average = (path / part if (path / part).is_dir() else path for part in ("unet", "unet_ema"))
     file = _scheduler_file(path)
     scheduler = _json(file)
@@ -99,11 +99,11 @@ def _read_folder(path):
         raise ConfigError(f"{error} (in {path})") from error
     arrays, _, notes = tensors.read(_weights(unet))
     if path not in file.parents:
-        notes = [*notes, f"the noise is that of {file}"]
+        notes = [*notes, f"the noise schedule is from {file}"]
     if average != path:
-        notes = [*notes, f"{average}, an average of the parameters, is left out; import that folder to take it instead"]
-    spelling = tensors.diffusers(len(config.model.multipliers))
-    return Released(config, shape, tensors.newer(arrays), spelling, notes, layout.sampling(scheduler))
+        notes = [*notes, f"{average}, an average of the parameters, is ignored; import that folder to use it instead"]
+    format = tensors.diffusers_format(len(config.model.multipliers))
+    return Released(config, shape, tensors.rename_old_attention(arrays), format, notes, layout.sampling(scheduler))
 
 
 def _scheduler_file(path):
@@ -114,12 +114,12 @@ def _scheduler_file(path):
 
 
 def _weights(folder):
-    """The safetensors file of a folder; CheckpointError tells what there is in its place."""
+    """The safetensors file of a folder; CheckpointError names what the folder contains instead."""
     if (folder / WEIGHTS).exists():
         return folder / WEIGHTS
     if (folder / f"{WEIGHTS}.index.json").exists():
         raise CheckpointError(
-            f"the weights in {folder} are in several files; save them as one: "
+            f"the weights in {folder} are sharded; save them as one file: "
             f"UNet2DModel.from_pretrained({str(folder)!r}).save_pretrained(DIR, max_shard_size='99GB')"
         )
     for file in sorted(folder.glob("*")):
@@ -131,7 +131,7 @@ def _weights(folder):
 
 def _pickle(file):
     return CheckpointError(
-        f"{file} is a pickle, which can run code and is not read; convert it to safetensors where you trust it, with "
+        f"{file} is a pickle, which can run code, and is not read; if you trust it, convert it to safetensors with "
         f"diffusers: UNet2DModel.from_pretrained({str(file.parent)!r}).save_pretrained(DIR, safe_serialization=True)"
     )
 

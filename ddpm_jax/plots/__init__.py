@@ -1,5 +1,5 @@
-"""What a run has learnt, in pictures: python -m ddpm_jax.plots runs/digits --report
+"""Plots of a run: python -m ddpm_jax.plots runs/digits --report
 
-records.py reads the run's files, strips.py makes images on their way to noise and back, figures.py draws arrays, each
-function a matplotlib Figure, album.py gathers all there is to draw, report.py puts it on one page.
+records.py reads the run's files, strips.py computes images on the way to noise and back, figures.py turns arrays into
+matplotlib Figures, album.py makes all plots of a run, report.py writes the HTML page, card.py the model card.
 """

@@ -1,4 +1,4 @@
-"""Figures from arrays. Curves and letters have colours that can be read on a white and on a black page.
+"""Figures from arrays. The colours of curves and text are legible on a white and on a black page.
 
     figures.losses(records.metrics("runs/digits/metrics.jsonl")).savefig("loss.svg")
 
@@ -13,34 +13,34 @@ import numpy as np
 from ddpm_jax.errors import ConfigError
 from ddpm_jax.schedules import ContinuousSchedule
 
-GRAY = "#7a7a7a"  # of letters and axes: the page shows through everything else
-COLORS = "#0072b2", "#d55e00", "#009e73", "#cc79a7"  # told apart by the colour-blind too (Okabe & Ito 2008)
-SIZE, DPI = (8, 3), 100  # inches, dots an inch
+GRAY = "#7a7a7a"  # of text and axes; the background is transparent
+COLORS = "#0072b2", "#d55e00", "#009e73", "#cc79a7"  # safe for colour-blind readers (Okabe & Ito 2008)
+SIZE, DPI = (8, 3), 100  # inches, dots per inch
 
 
-def check():
-    """Raise ConfigError when matplotlib is missing."""
+def require_matplotlib():
+    """Raise ConfigError if matplotlib is missing."""
     if not importlib.util.find_spec("matplotlib"):
         raise ConfigError('plots need matplotlib: pip install -e ".[plot]"')
 
 
 def _figure(size):
-    check()
+    require_matplotlib()
     from matplotlib.figure import Figure
 
     return Figure(size, DPI, facecolor="none")
 
 
 def _curves(*panels):
-    """Panels (name of x, x, name of y, {name: y}, scale) side by side; names of curves where there are several."""
+    """Panels (x label, x, y label, {name: y}, scale) side by side; with a legend if there are several curves."""
     figure = _figure(SIZE)
     figure.set_layout_engine("constrained")
-    for axes, (of_x, x, of_y, curves, scale) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+    for axes, (x_label, x, y_label, curves, scale) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         for color, (name, y) in zip(COLORS, curves.items(), strict=False):
             axes.plot(x, y, label=name, color=color, marker="." if len(x) < 50 else None)
         axes.set(facecolor="none", yscale=scale)
-        axes.set_xlabel(of_x, color=GRAY)
-        axes.set_ylabel(of_y, color=GRAY)
+        axes.set_xlabel(x_label, color=GRAY)
+        axes.set_ylabel(y_label, color=GRAY)
         if scale == "log":
             axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
             axes.yaxis.set_major_formatter("{x:g}")
@@ -56,7 +56,7 @@ def _curves(*panels):
 
 
 def schedule(schedule):
-    """alphas_bar, the share of the signal in the variance of x_t (eq. 4), and the log-SNR, over t / T."""
+    """alphas_bar, the signal's share of the variance of x_t (eq. 4), and the log-SNR, against t / T."""
     share = np.arange(1, 1001) / 1000
     times = share if isinstance(schedule, ContinuousSchedule) else np.ceil(share * schedule.T).astype(int)
     levels = np.asarray(schedule.logsnr(times), np.float64)
@@ -67,7 +67,7 @@ def schedule(schedule):
 
 
 def losses(metrics):
-    """The loss over steps, and its parts by quarter of t; metrics: {name: (N,)}, as records.metrics reads them."""
+    """The loss, and the loss in each quarter of t, against steps; metrics: {name: (N,)} from records.metrics."""
     quarters = {of: metrics[f"loss_q{q}"] for q, of in enumerate(("1st", "2nd", "3rd", "4th"), 1)}
     return _curves(
         ("step", metrics["step"], "loss", {"": metrics["loss"]}, "log"),
@@ -76,7 +76,7 @@ def losses(metrics):
 
 
 def gradients(metrics):
-    """The norm of the gradient before it is clipped, and the learning rate, over steps."""
+    """The gradient norm before clipping, and the learning rate, against steps."""
     return _curves(
         ("step", metrics["step"], "gradient norm", {"": metrics["grad_norm"]}, "log"),
         ("step", metrics["step"], "learning rate", {"": metrics["learning_rate"]}, "linear"),
@@ -84,22 +84,22 @@ def gradients(metrics):
 
 
 def rate_distortion(curve):
-    """Ho et al. 2020, figure 5: the error of x_0_hat over the bits/dim that x_t costs, and over t.
+    """Ho et al. 2020, figure 5: the error of x_0_hat against the bits/dim that x_t costs, and against t.
 
-    curve: {"t", "rate", "rmse"}, that of nll in evaluation.json.
+    curve: {"t", "rate", "rmse"}, from nll in evaluation.json.
     """
     error = "rmse of x_0_hat (levels of 255)", {"": curve["rmse"]}, "linear"
     return _curves(("rate (bits/dim)", curve["rate"], *error), ("t", curve["t"], *error))
 
 
 def tiles(pictures, labels, columns):
-    """uint8 pictures (H, W, C), C = 1 or 3, row by row, each over its label, dot for dot."""
+    """uint8 pictures (H, W, C), C = 1 or 3, row by row, each above its label, without resampling."""
     rows, (height, width) = -(-len(pictures) // columns), np.max([picture.shape[:2] for picture in pictures], 0)
-    size = max(8, width * columns // 100)  # points, so that letters can be read when a large figure is shown small
+    size = max(8, width * columns // 100)  # points; legible when a large figure is scaled down
     height, width = height + 2 * size, width + size // 2
     figure = _figure((width * columns / DPI, height * rows / DPI))
-    for place, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
-        row, column = divmod(place, columns)
+    for index, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+        row, column = divmod(index, columns)
         top = height * (rows - row)
         figure.figimage(np.broadcast_to(picture, (*picture.shape[:2], 3)), column * width, top - picture.shape[0])
         where = (column + 0.5) / columns, (top - height + size) / (height * rows)
@@ -108,7 +108,7 @@ def tiles(pictures, labels, columns):
 
 
 def svg(figure):
-    """The Figure as SVG, bytes that are the same each time."""
+    """The Figure as SVG, the same bytes each time."""
     return _save(figure, "svg", dict.fromkeys(("Creator", "Date", "Format", "Type")))
 
 

@@ -1,4 +1,4 @@
-"""One HTML page of a run that needs no other file: no script, no address, its pictures and curves inside."""
+"""A self-contained HTML page of a run: pictures and curves are embedded, without scripts or links."""
 
 import base64
 import os
@@ -9,7 +9,7 @@ from string import Template
 
 from ddpm_jax import config as configs
 from ddpm_jax import options
-from ddpm_jax.commands import spelled
+from ddpm_jax.commands import prog_name
 from ddpm_jax.plots.album import SECTIONS
 from ddpm_jax.plots.figures import GRAY
 
@@ -53,31 +53,31 @@ def page(run, step, member, config, parameters, plots, starts, evaluation):
     body = [f"<p>{escape(_summary(step, config, parameters))}</p>"]
     for section in SECTIONS:
         body += [f"<h2>{section}</h2>", *(_figure(plot) for plot in plots if plot.section == section)]
-    again = commands(run, step, member, config)
-    body.append(_evaluation(evaluation, again[2]))
+    lines = commands(run, step, member, config)
+    body.append(_evaluation(evaluation, lines[2]))
     body += ["<h2>Config</h2>", *_config(config), "<h2>Environment</h2>", *_starts(starts)]
-    body += ["<h2>Again</h2>", _code("\n".join(again))]
-    return PAGE.substitute(title=escape(name(run)), body="\n".join(body))
+    body += ["<h2>Commands</h2>", _code("\n".join(lines))]
+    return PAGE.substitute(title=escape(run_name(run)), body="\n".join(body))
 
 
 def commands(run, step, member, config):
-    """The command lines that repeat a run, its last grid, its evaluation, and its plots.
+    """The command lines that repeat a run's training, last grid, evaluation and plots.
 
-    Of an ensemble they are of one `member`, whose config this is; its training is that of all.
+    In an ensemble they are for one `member`, with its config; training is always of the whole ensemble.
     """
     which = [f"--member={member}"] if member else []
     train = config.train
-    again = ["train", f"--config={run / 'config.json'}", f"--workdir=runs/{name(run)}-again"]
+    training = ["train", f"--config={run / 'config.json'}", f"--workdir=runs/{run_name(run)}-again"]
     grid = [f"--num={train.sample_num}", f"--seed={train.seed}", f"--sampler={train.sampler}"]
     grid = ["sample", f"--workdir={run}", f"--step={step}", *which, *grid, f"--steps={train.sample_steps}"]
-    scripts = again, grid, ["evaluate", f"--workdir={run}", *which]
-    lines = [[*spelled(command).split(), *words] for command, *words in scripts]
+    scripts = training, grid, ["evaluate", f"--workdir={run}", *which]
+    lines = [[*prog_name(command).split(), *words] for command, *words in scripts]
     lines.append(["-m", "ddpm_jax.plots", str(run), *which, "--report"])
     return [shlex.join(["python", *words]) for words in lines]
 
 
-def name(run):
-    """The last part of a run's folder, also where it is given as a dot."""
+def run_name(run):
+    """The last part of the path of a run's folder, even if it is given as "."."""
     return os.path.basename(os.path.abspath(run))
 
 
@@ -91,32 +91,32 @@ def _summary(step, config, parameters):
 
 def _figure(plot):
     if plot.data is None:
-        return f'<p class="note">{escape(plot.words)}</p>'
+        return f'<p class="note">{escape(plot.caption)}</p>'
     if plot.file.endswith(".svg"):
-        shown = _inline(plot)
+        shown = _svg(plot)
     else:
         kind, data = plot.file.rpartition(".")[-1], base64.b64encode(plot.data).decode()
-        shown = f'<img src="data:image/{kind};base64,{data}" alt="{escape(plot.words)}">'
-    return f"<figure>\n<div>{shown}</div>\n<figcaption>{escape(plot.words)}</figcaption>\n</figure>"
+        shown = f'<img src="data:image/{kind};base64,{data}" alt="{escape(plot.caption)}">'
+    return f"<figure>\n<div>{shown}</div>\n<figcaption>{escape(plot.caption)}</figcaption>\n</figure>"
 
 
-def _inline(plot):
-    """The SVG inside a page: letters in the page's colour, and names of its own, which are the same in each file."""
+def _svg(plot):
+    """An SVG for embedding: text in the page's colour, and ids that are unique in the page."""
     text, name = plot.data.decode(), plot.file.removesuffix(".svg")
     text = text[text.index("<svg") :].replace(GRAY, "currentColor")
     text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", text)
-    return text.replace("<svg", f'<svg role="img" aria-label="{escape(plot.words)}"', 1)
+    return text.replace("<svg", f'<svg role="img" aria-label="{escape(plot.caption)}"', 1)
 
 
 def _evaluation(report, command):
     if report is None:
         return f'<p class="note">Not evaluated yet: {escape(command)}</p>'
-    rows = [(metric, value, flat(own | settings)) for metric, value, own, settings in measured(report)]
-    return _table(("metric", "value", "with"), [*rows, ("all of them", "", flat(of_all(report)))])
+    rows = [(metric, value, to_line(own | settings)) for metric, value, own, settings in metric_rows(report)]
+    return _table(("metric", "value", "with"), [*rows, ("all metrics", "", to_line(common_settings(report)))])
 
 
-def measured(report):
-    """[(metric, its value in words, what else stands beside it, settings)] of evaluation.json."""
+def metric_rows(report):
+    """[(metric, value as text, its other entries, settings)] of evaluation.json."""
     shown, rows = ("value", "standard_error", "unit", "real", "curve", "settings"), []
     for metric, number in report["metrics"].items():
         real = f" (real images {_value(number['real'])})" if "real" in number else ""
@@ -125,8 +125,8 @@ def measured(report):
     return rows
 
 
-def of_all(report):
-    """What holds for all the metrics of evaluation.json, without the run's config."""
+def common_settings(report):
+    """The entries of evaluation.json that apply to all metrics, without the run's config."""
     return {key: value for key, value in report.items() if key not in ("metrics", "config")}
 
 
@@ -135,35 +135,35 @@ def _value(number):
     return f"{number['value']:.4f}" + ("" if error is None else f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{error:.4f}")
 
 
-def flat(value):
-    """A tree of JSON as words in one line."""
+def to_line(value):
+    """A tree of JSON as one line of text."""
     if isinstance(value, dict):
-        parts = {key: f"({flat(part)})" if isinstance(part, dict) else flat(part) for key, part in value.items()}
+        parts = {key: f"({to_line(part)})" if isinstance(part, dict) else to_line(part) for key, part in value.items()}
         return ", ".join(f"{key} {part}" for key, part in parts.items())
     return f"{value:.6g}" if isinstance(value, float) else options.to_text(value)
 
 
-def changed(config):
-    """[(field, value, default)] in words, of what differs from the defaults."""
+def changed_fields(config):
+    """[(field, value, default)] as text, of the fields that differ from the defaults."""
     differences = configs.differences(configs.Config(), config)
     return [(field, options.to_text(here), options.to_text(default)) for field, default, here in differences]
 
 
 def _config(config):
-    yield _folded("What differs from the defaults", _table(("field", "here", "default"), changed(config)))
-    yield _folded("All of it", _code(configs.to_json(config)))
+    yield _details("Fields that differ from the defaults", _table(("field", "here", "default"), changed_fields(config)))
+    yield _details("Full config", _code(configs.to_json(config)))
 
 
 def _starts(starts):
     if not starts:
-        yield '<p class="note">There is no run.json: where this was trained is not known.</p>'
+        yield '<p class="note">There is no run.json: the environment of the training is not known.</p>'
     for start in starts or ():
-        rows = [(key, flat(value)) for key, value in start.items() if key not in ("time", "argv")]
-        said = _code(shlex.join(["python", *start["argv"]]))
-        yield _folded(f"Started {start['time']}", said + _table(("what", "then"), rows))
+        rows = [(key, to_line(value)) for key, value in start.items() if key not in ("time", "argv")]
+        command = _code(shlex.join(["python", *start["argv"]]))
+        yield _details(f"Started {start['time']}", command + _table(("name", "value"), rows))
 
 
-def _folded(title, inside):
+def _details(title, inside):
     return f"<details>\n<summary>{escape(title)}</summary>\n{inside}\n</details>"
 
 

@@ -4,9 +4,9 @@ import dataclasses
 import sys
 
 from ddpm_jax import errors, options
-from ddpm_jax.files import expand, write_atomic
+from ddpm_jax.run.files import expand, write_atomic
 from ddpm_jax.schedules import make_schedule
-from ddpm_jax.schedules.report import report, warn_of_signal
+from ddpm_jax.schedules.report import check_terminal_snr, report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,8 +15,8 @@ class Args(options.Arguments):
     T: int = options.option(1000, "steps of a discrete schedule", options.at_least(1))
     zero_terminal_snr: bool = options.option(False, "leave no signal at T")
     resolution: int = options.option(64, "side of the images", options.at_least(1))
-    base_resolution: int = options.option(0, "side that the schedule is meant for; 0 for any", options.at_least(0))
-    out: str = options.option("", "PNG to draw the schedule into; needs matplotlib")
+    base_resolution: int = options.option(0, "side that the schedule is designed for; 0 for any", options.at_least(0))
+    out: str = options.option("", "PNG file for a plot of the schedule; needs matplotlib")
 
 
 def main(argv=None):
@@ -25,7 +25,7 @@ def main(argv=None):
     schedule = make_schedule(name, **args)
     for key, value in report(schedule).items():
         print(f"{key:<14}{value:.6g}" + (" bits/dim at most" if key == "prior_kl" else ""))
-    warn_of_signal(schedule)
+    check_terminal_snr(schedule)
     if out:
         from ddpm_jax.plots import figures
 

@@ -1,4 +1,4 @@
-"""The formulas of the noise schedules: betas at t = 1..T in NumPy float64, or log-SNR as a curve over t in (0, 1]."""
+"""Formulas of the noise schedules: betas at t = 1..T in NumPy float64, or log-SNR as a function of t in (0, 1]."""
 
 import math
 from collections.abc import Callable
@@ -10,52 +10,52 @@ import numpy as np
 def linear_betas(T: int = 1000, start=1e-4, end=0.02, scale=True) -> np.ndarray:
     """Ho et al. 2020, section 4: T betas from `start` to `end`, NumPy float64 (T,).
 
-    With `scale` both ends are multiplied by 1000 / T, so that any T ends at about the same noise
-    (Nichol & Dhariwal 2021); without, a T below 1000 leaves signal in x_T.
+    `scale` multiplies both ends by 1000 / T, so that x_T has about the same noise for any T (Nichol & Dhariwal 2021).
+    Without it, a T below 1000 leaves signal in x_T.
     """
     factor = 1000 / T if scale else 1.0
     return np.linspace(start * factor, end * factor, T)
 
 
-def cosine_betas(T: int = 1000, s=0.008, largest=0.999) -> np.ndarray:
+def cosine_betas(T: int = 1000, s=0.008, max_beta=0.999) -> np.ndarray:
     """Nichol & Dhariwal 2021, eq. 17: alphas_bar_t proportional to cos^2((t/T + s) / (1 + s) * pi/2).
 
-    Each beta is capped at `largest`; alphas_bar is then the product of the capped betas. NumPy float64 (T,).
+    Each beta is capped at `max_beta`; alphas_bar is then the product of the capped betas. NumPy float64 (T,).
     """
     level = np.cos((np.arange(T + 1) / T + s) / (1 + s) * math.pi / 2) ** 2
-    return np.minimum(1 - level[1:] / level[:-1], largest)
+    return np.minimum(1 - level[1:] / level[:-1], max_beta)
 
 
 def quadratic_betas(T: int = 1000, start=1e-4, end=0.02, scale=True) -> np.ndarray:
-    """`quad` of Ho's code: linear in the square root of beta. NumPy float64 (T,)."""
+    """`quad` in Ho's code: the square root of beta is linear. NumPy float64 (T,)."""
     factor = 1000 / T if scale else 1.0
     return np.linspace(math.sqrt(start), math.sqrt(end), T) ** 2 * factor
 
 
 def constant_betas(T: int = 1000, value=0.02, scale=True) -> np.ndarray:
-    """`const` of Ho's code: the same beta at every time. NumPy float64 (T,)."""
+    """`const` in Ho's code: the same beta at every time. NumPy float64 (T,)."""
     return np.full(T, value * (1000 / T if scale else 1.0))
 
 
-def warm_up_betas(T: int = 1000, start=1e-4, end=0.02, share=0.1, scale=True) -> np.ndarray:
-    """`warmup10` of Ho's code: linear over the first `share` of the times, constant after. NumPy float64 (T,)."""
-    factor, rising = 1000 / T if scale else 1.0, int(T * share)
+def warm_up_betas(T: int = 1000, start=1e-4, end=0.02, fraction=0.1, scale=True) -> np.ndarray:
+    """`warmup10` in Ho's code: linear over the first `fraction` of the times, then constant. NumPy float64 (T,)."""
+    factor, rising = 1000 / T if scale else 1.0, int(T * fraction)
     return np.concatenate([np.linspace(start, end, rising), np.full(T - rising, end)]) * factor
 
 
 def jsd_betas(T: int = 1000) -> np.ndarray:
-    """`jsd` of Ho's code: beta_t = 1 / (T - t + 1), so that alphas_bar_t = 1 - t / T ends at 0. NumPy float64 (T,)."""
+    """`jsd` in Ho's code: beta_t = 1 / (T - t + 1), so that alphas_bar_t = 1 - t / T ends at 0. NumPy float64 (T,)."""
     return 1 / np.arange(T, 0, -1)
 
 
-def sigmoid_betas(T: int = 1000, start=-3.0, end=3.0, tau=1.0, largest=0.999) -> np.ndarray:
+def sigmoid_betas(T: int = 1000, start=-3.0, end=3.0, tau=1.0, max_beta=0.999) -> np.ndarray:
     """Jabri et al. 2022; Chen 2023: alphas_bar is a sigmoid of t / T, from `start` to `end`, scaled to run from 1 to 0.
 
-    Each beta is capped at `largest`; alphas_bar is then the product of the capped betas. NumPy float64 (T,).
+    Each beta is capped at `max_beta`; alphas_bar is then the product of the capped betas. NumPy float64 (T,).
     """
     level = 1 / (1 + np.exp((np.linspace(start, end, T + 1)) / tau))
     level = (level - level[-1]) / (level[0] - level[-1])
-    return np.minimum(1 - level[1:] / level[:-1], largest)
+    return np.minimum(1 - level[1:] / level[:-1], max_beta)
 
 
 SCHEDULES: dict[str, Callable[[int], np.ndarray]] = {  # T -> betas
@@ -70,9 +70,9 @@ SCHEDULES: dict[str, Callable[[int], np.ndarray]] = {  # T -> betas
 
 
 def zero_terminal(betas: np.ndarray) -> np.ndarray:
-    """Lin et al. 2023, algorithm 1: betas whose alphas_bar_T is 0 and whose alphas_bar_1 is as before.
+    """Lin et al. 2023, algorithm 1: rescaled betas with alphas_bar_T = 0 and an unchanged alphas_bar_1.
 
-    sqrt(alphas_bar) is shifted and scaled. At T nothing of the image is left, so eps tells nothing about it there.
+    sqrt(alphas_bar) is shifted and scaled. x_T is then pure noise, so predicting eps there is useless.
     """
     signal = np.sqrt(np.cumprod(1 - np.asarray(betas, np.float64)))
     signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
@@ -80,12 +80,12 @@ def zero_terminal(betas: np.ndarray) -> np.ndarray:
 
 
 def linear_logsnr(t, high=13.3, low=-10.0):
-    """Kingma et al. 2021: log-SNR falls in a straight line; they learn both ends; these are ours."""
+    """Kingma et al. 2021: log-SNR is linear in t. They learn both ends; these values are our own."""
     return high + (low - high) * t
 
 
 def cosine_logsnr(t, high=15.0, low=-15.0):
-    """Hoogeboom et al. 2023: alpha = cos(pi t / 2), with the ends of t cut so that log-SNR runs from high to low."""
+    """Hoogeboom et al. 2023: alpha = cos(pi t / 2), with t truncated so that log-SNR runs from high to low."""
     start, end = (math.atan(math.exp(-logsnr / 2)) for logsnr in (high, low))
     return -2 * jnp.log(jnp.tan(start + (end - start) * t))
 
