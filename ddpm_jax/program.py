@@ -72,9 +72,11 @@ def _ensemble(parts, dataset):
         return train(state, batches, jnp.stack([_train_key(seed, rollbacks) for seed in seeds]))
 
     @jax.jit
+    def make_states(roots):  # an argument, as in experiment.make
+        return jax.vmap(parts.init_state)(jax.vmap(parts.init)(roots))
+
     def init_states():
-        params = jax.vmap(parts.init)(jnp.stack([keys.root(seed, "init") for seed in seeds]))
-        return jax.vmap(parts.init_state)(params)
+        return make_states(jnp.stack([keys.root(seed, "init") for seed in seeds]))
 
     return Program(init_states, place, batches, step)
 

@@ -13,7 +13,7 @@ from PIL import Image
 from ddpm_jax import config as configs
 from ddpm_jax import experiment
 from ddpm_jax.commands import evaluate
-from ddpm_jax.data import Dataset, fingerprint, load, reorder_classes, with_labels_of_run
+from ddpm_jax.data import Dataset, fingerprint, load, match_labels_to_run, reorder_classes
 from ddpm_jax.data import __main__ as describe
 from ddpm_jax.data.intake import read, read_frames
 from ddpm_jax.errors import ConfigError, DataError
@@ -200,12 +200,12 @@ def test_fault_83_an_older_run_keeps_its_order(album):
     for i in range(12):
         painted(folder / str(i), a=i)
     new = load_album()
-    old = with_labels_of_run(new, f"folder:{folder}", "12x8x8x3-00000000", None)
+    old = match_labels_to_run(new, f"folder:{folder}", "12x8x8x3-00000000", None)
     assert old.classes[:4] == ("0", "1", "10", "11")
     assert [old.classes[label] for label in old.labels] == [new.classes[label] for label in new.labels]
     assert old.labels.tolist() == list(range(12))  # the files too are in byte order
-    assert with_labels_of_run(old, f"folder:{folder}", "other", new.classes).labels.tolist() == new.labels.tolist()
-    assert with_labels_of_run(new, "tfds:x", "other", None).classes == new.classes
+    assert match_labels_to_run(old, f"folder:{folder}", "other", new.classes).labels.tolist() == new.labels.tolist()
+    assert match_labels_to_run(new, "tfds:x", "other", None).classes == new.classes
 
 
 def test_labels_in_another_order_name_the_same_classes():

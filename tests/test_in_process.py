@@ -159,7 +159,7 @@ def test_fault_87_other_processes_than_those_joined(monkeypatch, distributed, fi
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     monkeypatch.setattr(devices, "gather", lambda text: [text] * 3)
-    monkeypatch.setattr(devices, "make_agreement", lambda: lambda code: code)
+    monkeypatch.setattr(devices, "make_exit_code_sync", lambda: lambda code: code)
     wrong = pytest.raises(ConfigError, match=r"this process is already number 1 of 3; --distributed=.* needs a new one")
     with contextlib.nullcontext() if fits else wrong:
         parallel.start(16, distributed=distributed)

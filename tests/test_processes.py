@@ -212,8 +212,8 @@ def main(argv):
     global me
     parallel.start(4, distributed="PLACE", cpu_devices=2, heartbeat=10)
     me = 1 - parallel.is_first()
-    with parallel.exit_with_others(2), signals.catch():
-        agree = parallel.make_agreement()
+    with parallel.fail_fast(2), signals.catch():
+        agree = parallel.make_exit_code_sync()
         time.sleep({wait} * (1 - me))
         agreed = [agree(None)]
         print(ascii(parallel.gather("")), ascii(parallel.gather("ä€" * me)))

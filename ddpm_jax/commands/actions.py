@@ -98,7 +98,7 @@ class Tools(NamedTuple):
 
     batches: Iterator  # of (number of steps, their batches), prefetched
     profile: Callable  # (step, state), before each step
-    agree: Callable  # (exit code or None) -> the exit code of all processes, or None
+    sync_exit_code: Callable  # (exit code or None) -> the exit code of all processes, or None
     metrics: Metrics
     timer: StepTimer
     actions: list[Action]
@@ -116,12 +116,12 @@ def open_tools(run, start, first):
         stack.callback(checkpoint.close, manager)
         batches = stack.enter_context(contextlib.closing(_prefetch(run.program, config, first, start.rollbacks)))
         profile = stack.enter_context(profiling.profiler(run.span, run.workdir / "profile", run.say))
-        stack.enter_context(parallel.exit_with_others())  # entered last: its timer must run while the rest closes
+        stack.enter_context(parallel.fail_fast())  # entered last: its timer must run while the rest closes
         save_or_warn, timer = checkpoint.make_saver(manager), StepTimer(first)
         check = functools.partial(recovery.check_finite, config=config, manager=manager)
         metrics = Metrics(first, start.window, check)
         actions = _make_actions(run, start, metrics, timer, writer, save_or_warn)
-        yield Tools(batches, profile, parallel.make_agreement(), metrics, timer, actions, save_or_warn, writer)
+        yield Tools(batches, profile, parallel.make_exit_code_sync(), metrics, timer, actions, save_or_warn, writer)
 
 
 @contextlib.contextmanager

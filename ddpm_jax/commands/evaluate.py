@@ -191,7 +191,7 @@ def load(args, config, shape, parts=None):
     if parts is None:
         return dataset
     dataset = data.with_labels(dataset, parts.config.model.num_classes)
-    dataset = data.with_labels_of_run(dataset, config.source, parts.data, parts.classes)
+    dataset = data.match_labels_to_run(dataset, config.source, parts.data, parts.classes)
     fingerprint = data.fingerprint(dataset)
     if parts.data not in (None, fingerprint) and not (args.split or args.other_data):
         raise errors.ConfigError(

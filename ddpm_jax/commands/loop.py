@@ -66,7 +66,7 @@ def take_steps(run, start):
                 tools.profile(step, state)
                 state, metrics = run.program.step(state, batch, start.rollbacks)
                 step += num_steps
-                code = tools.agree(run.stop_requested())
+                code = tools.sync_exit_code(run.stop_requested())
                 due = [action for action in tools.actions if action.is_due(step, config.steps, code is not None)]
                 tools.metrics.add(metrics, read_all=bool(due))
             tools.writer.advance(step)

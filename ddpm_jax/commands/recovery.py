@@ -17,7 +17,7 @@ class Start(NamedTuple):
     window: list  # the metrics of the steps since the last log line
     rollbacks: int  # so far; each one changes the batches and the noise
     branch: int | None  # the step given by --step
-    tries: dict  # {step: number of rollbacks to it}
+    attempts: dict  # {step: number of rollbacks to it}
 
 
 class RollBack(BaseException):
@@ -41,15 +41,16 @@ def roll_back(run, failed, failure):
     """The Start after training from `failed`, a Start, ended in a RollBack. Raises Diverged after too many of them."""
     restart, limit = start(run), run.parts.config.train.max_skipped
     step = int(restart.state.step.max())
-    tries = failed.tries | {step: failed.tries.get(step, 0) + 1}
-    if tries[step] > limit:
+    attempts = failed.attempts | {step: failed.attempts.get(step, 0) + 1}
+    if attempts[step] > limit:
         raise errors.Diverged(f"{failure}, after {limit} rollbacks to step {step}") from failure
     warnings.warn(
-        f"{failure}; restarting from step {step} with other batches and noise ({tries[step]} of at most {limit} times)",
+        f"{failure}; restarting from step {step} with other batches and noise "
+        f"({attempts[step]} of at most {limit} times)",
         stacklevel=2,
     )
     rollbacks = max(failed.rollbacks + 1, restart.rollbacks)
-    return restart._replace(rollbacks=rollbacks, branch=failed.branch or restart.branch, tries=tries)
+    return restart._replace(rollbacks=rollbacks, branch=failed.branch or restart.branch, attempts=attempts)
 
 
 def check_finite(row, step, config, manager):

@@ -82,7 +82,7 @@ def main(argv=None):
     say = log.note if parallel.is_first() else lambda text: None
     say(f"ddpm_jax {checkpoint.versions()['ddpm_jax']} on {parallel.describe()}")
     advice = f"try a train.batch_size smaller than {config.batch_size}, train.accumulate=2 or more, or model.remat=true"
-    with parallel.exit_with_others(), signals.catch() as stop_requested, parallel.memory_advice(advice):
+    with parallel.fail_fast(), signals.catch() as stop_requested, parallel.memory_advice(advice):
         if args.dry_run:
             return compile_only(args, say)
         parts, dataset = parallel.on_all_processes(lambda: prepare(args, workdir, say))
@@ -139,7 +139,7 @@ def prepare(args, workdir, say):
     dataset = data.with_labels(dataset, config.model.num_classes)
     if dataset.classes and checkpoint.steps(workdir / "checkpoints"):
         meta = checkpoint.load(workdir / "checkpoints", [])[0]
-        dataset = data.with_labels_of_run(dataset, config.data.source, meta["data"], meta.get("classes"))
+        dataset = data.match_labels_to_run(dataset, config.data.source, meta["data"], meta.get("classes"))
     data.batch(dataset, 0, 0, config.train.batch_size)  # raises for too few images
     if config.train.evaluate_every:
         from ddpm_jax.evaluation.features import enl0

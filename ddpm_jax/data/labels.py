@@ -31,7 +31,7 @@ def with_labels(dataset: Dataset, num_classes: int) -> Dataset:
     return dataset
 
 
-def with_labels_of_run(dataset: Dataset, source: str, data: str | None, classes: Sequence[str] | None) -> Dataset:
+def match_labels_to_run(dataset: Dataset, source: str, data: str | None, classes: Sequence[str] | None) -> Dataset:
     """The Dataset of a data.source with its labels numbered as in a run with this fingerprint and these class names.
 
     Older runs did not store class names; their folders were numbered in byte order.

@@ -5,7 +5,7 @@ devices, pods.py coordinates the processes.
 """
 
 from ddpm_jax.parallel.devices import describe, memory_advice, start, topology
-from ddpm_jax.parallel.pods import exit_with_others, gather, is_first, make_agreement, on_all_processes
+from ddpm_jax.parallel.pods import fail_fast, gather, is_first, make_exit_code_sync, on_all_processes
 from ddpm_jax.parallel.steps import (
     AXIS,
     check_batch_size,
@@ -24,12 +24,12 @@ __all__ = [
     "AXIS",
     "check_batch_size",
     "describe",
-    "exit_with_others",
+    "fail_fast",
     "gather",
     "generate_batches",
     "is_first",
     "local_rows",
-    "make_agreement",
+    "make_exit_code_sync",
     "measure_batches",
     "memory_advice",
     "on_all_processes",

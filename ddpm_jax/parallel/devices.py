@@ -14,7 +14,7 @@ import jax
 from ddpm_jax.environment import WITHOUT_TPU
 from ddpm_jax.errors import ConfigError, OutOfMemory
 from ddpm_jax.parallel import launch
-from ddpm_jax.parallel.pods import gather, make_agreement
+from ddpm_jax.parallel.pods import gather, make_exit_code_sync
 from ddpm_jax.run.files import cache_folder
 
 
@@ -43,7 +43,7 @@ def start(batch_size, accumulate=1, platform="auto", distributed="auto", cpu_dev
         raise
     # Connect all devices now: XLA waits only 30 s for a connection, but without limit for a result later.
     gather("")
-    make_agreement()(None)
+    make_exit_code_sync()(None)
 
 
 def _split_cpu(requested, batch_size, accumulate, members):

@@ -20,8 +20,8 @@ def is_first():
     return jax.process_index() == 0
 
 
-def make_agreement():
-    """agree(code) -> the largest exit code that any process passed at the previous call, or None.
+def make_exit_code_sync():
+    """sync_exit_code(code) -> the largest exit code that any process passed at the previous call, or None.
 
     All processes then stop after the same step, and no step waits for communication. A single process gets `code` back.
     """
@@ -30,11 +30,11 @@ def make_agreement():
     largest = jax.pmap(lambda code: lax.pmax(code, AXIS), axis_name=AXIS, out_axes=None)
     codes = []
 
-    def agree(code):
+    def sync_exit_code(code):
         codes.append(largest(np.full(jax.local_device_count(), code or 0, np.int32)))
         return int(codes.pop(0)) or None if len(codes) > 1 else None
 
-    return agree
+    return sync_exit_code
 
 
 def gather(text):
@@ -65,7 +65,7 @@ def on_all_processes(work):
 
 
 @contextlib.contextmanager
-def exit_with_others(patience=10):
+def fail_fast(patience=10):
     """Inside the block, the loss of another process raises LostProcess, and an error ends this process in any case.
 
     At exit JAX waits for the other processes. Those with the same error arrive there too. Others wait for this one in
