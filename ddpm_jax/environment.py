@@ -19,7 +19,7 @@ WITHOUT_TPU = {
 
 def prepare():
     """Set the variables for the installed libraries. XLA reads its flags when JAX creates the first array."""
-    _disable_miscompiled_reductions()
+    _choose_fusions()
     _quiet_libtpu()
 
 
@@ -28,13 +28,18 @@ def tpu_is_attached():
     return bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
 
 
-def _disable_miscompiled_reductions():
-    """Turn off the fusion of sums on CPU in jaxlib 0.10.2, which gives some wrong results (jax-ml/jax issue 39103)."""
+def _choose_fusions():
+    """Turn off two kinds of YNNPACK's fusions on CPU, where no accelerator's plugin would read the flag too.
+
+    Its convolutions take twice as long as Eigen's for the gradient of a kernel (python -m benchmarks.convolutions). Its
+    sums give some wrong results in jaxlib 0.10.2 (jax-ml/jax issue 39103).
+    """
     flags = os.environ.get("XLA_FLAGS", "")
     has_accelerator = tpu_is_attached() or any(util.find_spec(name) for name in PLUGINS)
     on_cpu = os.environ.get("JAX_PLATFORMS") == "cpu" or not has_accelerator
-    if on_cpu and metadata.version("jaxlib") in MISCOMPILED and YNN_FLAG not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {YNN_FLAG}=-reduce".strip()
+    if on_cpu and YNN_FLAG not in flags:
+        wrong = ["-reduce"] if metadata.version("jaxlib") in MISCOMPILED else []
+        os.environ["XLA_FLAGS"] = f"{flags} {YNN_FLAG}={','.join(['-individual_convolution', *wrong])}".strip()
 
 
 def _quiet_libtpu():

@@ -236,8 +236,7 @@ def ensemble_steps(train_step, axis="batch"):
     member_steps = scan_steps(single_step)
 
     def one_by_one(*args):
-        results = [member_steps(*jax.tree.map(lambda x, i=i: x[i], args)) for i in range(len(args[-1]))]
-        return jax.tree.map(lambda *x: jnp.stack(x), *results)
+        return lax.map(lambda args: member_steps(*args), args)
 
     def steps(*args):
         return lax.platform_dependent(*args, cpu=one_by_one, default=jax.vmap(member_steps))
@@ -249,42 +248,21 @@ def scan_steps(train_step):
     """`train_step` over batches (n, b, ...) of n steps in one call; the metrics also get a leading axis of steps."""
 
     def steps(state, batches, *others):
-        return _scan(lambda state, batch: train_step(state, batch, *others), state, batches)
+        single = len(jax.tree.leaves(batches)[0]) == 1
+        return lax.scan(lambda state, batch: train_step(state, batch, *others), state, batches, unroll=single)
 
     return steps
 
 
-def _scan(body, carry, xs):
-    """lax.scan, unrolled for a single iteration and on CPU, where XLA runs the gradient of a convolution about 20 times
-    slower in a loop (measured)."""
-
-    def rolled(carry, xs):
-        return lax.scan(body, carry, xs)
-
-    def unrolled(carry, xs):
-        return lax.scan(body, carry, xs, unroll=0)
-
-    if len(jax.tree.leaves(xs)[0]) == 1:
-        return unrolled(carry, xs)
-    return lax.platform_dependent(carry, xs, cpu=unrolled, default=rolled)
-
-
 def _mean_over_microbatches(function, num, params, *args):
-    """Gradient accumulation: the mean of function(params, *microbatch) over `num` equal slices of `args` along axis 0.
-
-    Each micro-batch is made to depend on the total so far. Otherwise XLA could run the iterations of an unrolled loop
-    concurrently and hold the memory of all of them.
-    """
+    """Gradient accumulation: the mean of function(params, *microbatch) over `num` equal slices of `args` along axis 0."""
     if num == 1:
         return function(params, *args)
 
     def body(total, microbatch):
-        # Adds zero, or NaN if the total is not finite, and then the mean is not finite either.
-        zero = 0 * sum(x.ravel()[0] for x in jax.tree.leaves(total))
-        microbatch = jax.tree.map(lambda x: x + zero if jnp.issubdtype(x.dtype, jnp.floating) else x, microbatch)
         return jax.tree.map(jnp.add, total, function(params, *microbatch)), None
 
     microbatches = jax.tree.map(lambda x: x.reshape(num, -1, *x.shape[1:]), args)
     shapes = jax.eval_shape(function, params, *jax.tree.map(lambda x: x[0], microbatches))
-    total, _ = _scan(body, jax.tree.map(jnp.zeros_like, shapes), microbatches)
+    total, _ = lax.scan(body, jax.tree.map(jnp.zeros_like, shapes), microbatches)
     return jax.tree.map(lambda x: x / num, total)

@@ -73,7 +73,7 @@ def both():
             }
         )()
 
-    return all_of(convolutions.same), all_of(convolutions.direct)
+    return all_of(convolutions.convolve), all_of(convolutions.direct)
 
 
 @pytest.mark.parametrize(
@@ -97,14 +97,14 @@ def test_every_derivative_is_that_of_xlas_convolution(both, what):
 )
 def test_wide_ones_alone_are_products_of_matrices(shape, features, dtype, quick):
     x, kernel = jnp.ones(shape, dtype), jnp.ones((3, 3, shape[-1], features), dtype)
-    program = jax.jit(convolutions.same).lower(x, kernel).as_text()
+    program = jax.jit(convolutions.convolve).lower(x, kernel).as_text()
     assert ("stablehlo.convolution" not in program) == quick
-    close(np.asarray(convolutions.same(x, kernel), np.float32), in_float64(*map(np.asarray, (x, kernel))), 1e-2)
+    close(np.asarray(convolutions.convolve(x, kernel), np.float32), in_float64(*map(np.asarray, (x, kernel))), 1e-2)
 
 
 def test_other_platforms_keep_xlas_convolution():
     x, kernel = jnp.ones((1, 4, 4, WIDE)), jnp.ones((3, 3, WIDE, WIDE))
-    gradients = jax.jit(lambda x, kernel: jax.vjp(convolutions.same, x, kernel)[1](x))
+    gradients = jax.jit(lambda x, kernel: jax.vjp(convolutions.convolve, x, kernel)[1](x))
     for platform in ("cuda", "tpu"):
         program = gradients.trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
         assert program.count("stablehlo.convolution") == 2

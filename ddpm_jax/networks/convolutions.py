@@ -1,10 +1,15 @@
-"""Faster implementations of the U-Net's 3x3 convolutions. They differ from XLA's by rounding only.
+"""The U-Net's convolutions and products, in forms whose gradients are fast on CPU. They differ from XLA's by rounding.
 
-The signatures fit the `conv_general_dilated` argument of nn.Conv. x: (N, H, W, C), kernel: (3, 3, C, F).
+The signatures of `convolve`, `upsampled` and `product` fit the arguments conv_general_dilated of nn.Conv and dot_general
+of nn.Dense; a network of your own can pass them too. x: (N, H, W, C), kernel: (kh, kw, C, F).
+
+XLA on CPU runs the gradients of a convolution up to 200 times slower inside a loop than outside, because it does not
+recognize them there. So both gradients are written as convolutions that need no recognition.
 """
 
 import contextlib
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +18,29 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 MIN_CHANNELS = 128  # from this number on, minimal filtering is faster on CPU; with 32 and 64 channels it was slower
+SAME = ((1, 1), (1, 1))
 
 
-def same(x, kernel, *_, **__):
-    """The SAME convolution, (N, H, W, F): minimal filtering for many channels on CPU, otherwise XLA's own."""
+def convolve(x, kernel, strides=(1, 1), padding="SAME", **_):
+    """The convolution with stride 1 or 2: minimal filtering for many channels on CPU, otherwise XLA's own.
+
+    padding: ((top, bottom), (left, right)), or SAME of a 3x3 kernel, which is (0, 1) for stride 2 and even sides.
+    """
+    stride = strides[0]
+    if padding == "SAME":
+        padding = [(1 if stride == 1 or side % 2 else 0, 1) for side in x.shape[1:3]]
+    padding = tuple(map(tuple, padding))
+    plain = stride == 1 and kernel.shape[:2] == (3, 3) and padding == SAME and x.dtype == jnp.float32
     even = x.shape[1] % 2 == x.shape[2] % 2 == 0
-    if even and x.dtype == jnp.float32 and min(kernel.shape[2:]) >= MIN_CHANNELS:
-        return _same.bind(x, kernel)
-    return direct(x, kernel)
+    minimal = plain and even and min(kernel.shape[2:]) >= MIN_CHANNELS
+    return _convolution.bind(x, kernel, stride=stride, padding=padding, minimal=minimal)
+
+
+def product(x, kernel, dimension_numbers, **_):
+    """The product of every pixel (H, W, C) with a matrix (C, F): a convolution of 1x1. Vectors: lax.dot_general."""
+    if x.ndim != 3:
+        return lax.dot_general(x, kernel, dimension_numbers)
+    return convolve(x[None], kernel[None, None], padding=((0, 0), (0, 0)))[0]
 
 
 @contextlib.contextmanager
@@ -47,15 +67,17 @@ def upsampled(x, kernel, *_, **__):
 
     return _interleave(
         [
-            [direct(x, k, [(1 - i, i), (1 - j, j)]) for j, k in enumerate(fold(rows, 1))]
+            [convolve(x, k, padding=[(1 - i, i), (1 - j, j)]) for j, k in enumerate(fold(rows, 1))]
             for i, rows in enumerate(fold(kernel, 0))
         ]
     )
 
 
-def direct(x, kernel, padding="SAME"):
-    """XLA's own convolution."""
-    return lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+def direct(x, kernel, stride=1, padding=SAME):
+    """XLA's own convolution; of 1x1, its product of matrices."""
+    if kernel.shape[:2] == (1, 1) and stride == 1:
+        return lax.dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
+    return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def minimal_filtering(x, kernel):
@@ -95,32 +117,93 @@ def _interleave(parts):
     return jnp.stack(rows, 2).reshape(n, 2 * height, 2 * width, features)
 
 
-def _input_gradient_of(convolve):
-    """The function (gradient of the output, kernel) -> gradient of x, for convolve(x, kernel)."""
+def _phases(x, kernel, padding):
+    """The 3x3 convolution of stride 2 as a sum of four of stride 1, of the pixels with even and odd row and column."""
 
-    def input_gradient(y, kernel):
-        x = jax.ShapeDtypeStruct((*y.shape[:-1], kernel.shape[2]), y.dtype)
-        return jax.linear_transpose(lambda x: convolve(x, kernel), x)(y)[0]
+    def phase(parity, low):
+        """(the first of every second weight that meets pixels of this parity, their padding) along one axis."""
+        taps = [tap for tap in range(3) if (tap - low) % 2 == parity]
+        return taps[0], (-((taps[0] - low) // 2), (taps[-1] - low) // 2)
+
+    total = 0
+    for i in (0, 1):
+        for j in (0, 1):
+            (top, rows), (left, columns) = phase(i, padding[0][0]), phase(j, padding[1][0])
+            total += convolve(x[:, i::2, j::2], kernel[top::2, left::2], padding=(rows, columns))
+    return total
+
+
+def _transpose_x(function):
+    """The function (y, kernel, size) -> gradient of x (N, *size, C), for function(x, kernel)."""
+
+    def input_gradient(y, kernel, size):
+        x = jax.ShapeDtypeStruct((len(y), *size, kernel.shape[2]), y.dtype)
+        return jax.linear_transpose(lambda x: function(x, kernel), x)(y)[0]
 
     return input_gradient
 
 
-def _kernel_gradient_of(convolve):
-    """The function (gradient of the output, x) -> gradient of the kernel, for convolve(x, kernel)."""
+def _transpose_kernel(function):
+    """The function (y, x, size) -> gradient of the kernel (*size, C, F), for function(x, kernel)."""
 
-    def kernel_gradient(y, x):
-        kernel = jax.ShapeDtypeStruct((3, 3, x.shape[-1], y.shape[-1]), x.dtype)
-        return jax.linear_transpose(lambda kernel: convolve(x, kernel), kernel)(y)[0]
+    def kernel_gradient(y, x, size):
+        kernel = jax.ShapeDtypeStruct((*size, x.shape[-1], y.shape[-1]), x.dtype)
+        return jax.linear_transpose(lambda kernel: function(x, kernel), kernel)(y)[0]
 
     return kernel_gradient
 
 
-def _deferred(gradient):
-    """`gradient`(y, other) in which `other` depends on y, so that XLA does not transform it before y is known.
+def _defer(y, other):
+    """`other`, made to depend on y, so that XLA does not transform it before y is known.
 
     Otherwise XLA would do so in the forward pass and keep the result, which is two or four times as large as `other`.
     """
-    return lambda y, other: gradient(y, other + 0 * y[0, 0, 0, 0])
+    return other + 0 * y[0, 0, 0, 0]
+
+
+def _on_cpu(x, kernel, stride, padding, minimal):
+    return minimal_filtering(x, kernel) if minimal else direct(x, kernel, stride, padding)
+
+
+def _input_gradient_on_cpu(y, kernel, size, stride, padding, minimal):
+    if minimal:
+        return _transpose_x(minimal_filtering)(y, _defer(y, kernel), size)
+    if stride == 2:
+        return _transpose_x(partial(_phases, padding=padding))(y, kernel, size)
+    return direct(y, kernel[::-1, ::-1].swapaxes(2, 3), 1, _around(kernel.shape[:2], padding))
+
+
+def _kernel_gradient_on_cpu(y, x, size, stride, padding, minimal):
+    if minimal:
+        return _transpose_kernel(minimal_filtering)(y, _defer(y, x), size)
+    if stride == 2:
+        return _transpose_kernel(partial(_phases, padding=padding))(y, x, size)
+    if size == (1, 1):
+        return lax.dot_general(x, y, (((0, 1, 2), (0, 1, 2)), ((), ())))[None, None]
+    # As one convolution: the images become the channels of a picture for each channel of `a`, and `b` is its kernel. The
+    # barrier keeps what computes x and y out of the loops that transpose them, which read memory in strides.
+    x, y = lax.optimization_barrier((x, y))
+    a, b = (y, x) if y.shape[3] < x.shape[3] else (x, y)
+    around = padding if a is x else _around(size, padding)
+    gradient = direct(a.transpose(3, 1, 2, 0), b.transpose(1, 2, 0, 3), 1, around)
+    return gradient.transpose(1, 2, 0, 3) if a is x else gradient[:, ::-1, ::-1].transpose(1, 2, 3, 0)
+
+
+def _around(size, padding):
+    """The padding of the convolution that is the transpose of one with this padding and size of kernel."""
+    return [(side - 1 - low, side - 1 - high) for side, (low, high) in zip(size, padding, strict=True)]
+
+
+def _default(x, kernel, stride, padding, minimal):
+    return direct(x, kernel, stride, padding)
+
+
+def _input_gradient_by_default(y, kernel, size, stride, padding, minimal):
+    return _transpose_x(partial(direct, stride=stride, padding=padding))(y, kernel, size)
+
+
+def _kernel_gradient_by_default(y, x, size, stride, padding, minimal):
+    return _transpose_kernel(partial(direct, stride=stride, padding=padding))(y, x, size)
 
 
 # The convolution and its two gradients are primitives for two reasons: the implementation is chosen when the platform
@@ -128,39 +211,71 @@ def _deferred(gradient):
 # the gradient of a kernel slow. Each primitive is linear in both arguments; its transposes are the other two.
 
 
-def _primitive(name, default, on_cpu, shape, merge_batch=True):
+def _primitive(name, default, on_cpu, shape, static=("size", "stride", "padding", "minimal"), merge_batch=True):
     """A primitive of two arrays. merge_batch: vmap may merge its axis into the images of the first argument."""
     primitive = Primitive(name)
-    primitive.def_impl(jax.jit(primitive.bind))
-    primitive.def_abstract_eval(lambda a, b: jax.core.ShapedArray(shape(a.shape, b.shape), a.dtype))
-    mlir.register_lowering(primitive, mlir.lower_fun(jax.jit(default), multiple_results=False))
-    mlir.register_lowering(primitive, mlir.lower_fun(jax.jit(on_cpu), multiple_results=False), platform="cpu")
+    default, on_cpu = (jax.jit(function, static_argnames=static) for function in (default, on_cpu))
+    primitive.def_impl(jax.jit(primitive.bind, static_argnames=static))
+    primitive.def_abstract_eval(lambda a, b, **options: jax.core.ShapedArray(shape(a, b, **options), a.dtype))
+    mlir.register_lowering(primitive, mlir.lower_fun(default, multiple_results=False))
+    mlir.register_lowering(primitive, mlir.lower_fun(on_cpu, multiple_results=False), platform="cpu")
 
-    def batched(arguments, axes):
+    def batched(arguments, axes, **options):
         if not merge_batch or axes[1] is not None:
-            return jax.vmap(default, axes)(*arguments), 0
+            return jax.vmap(partial(default, **options), axes)(*arguments), 0
         images = jnp.moveaxis(arguments[0], axes[0], 0)
-        result = primitive.bind(images.reshape(-1, *images.shape[2:]), arguments[1])
-        return result.reshape(*images.shape[:-1], -1), 0
+        result = primitive.bind(images.reshape(-1, *images.shape[2:]), arguments[1], **options)
+        return result.reshape(*images.shape[:2], *result.shape[1:]), 0
 
     batching.primitive_batchers[primitive] = batched
     return primitive
 
 
-_same = _primitive("same", direct, minimal_filtering, lambda x, kernel: (*x[:-1], kernel[3]))
+def _output_shape(x, kernel, stride, padding, minimal):
+    sides = zip(x.shape[1:3], kernel.shape[:2], padding, strict=True)
+    return (x.shape[0], *((n + sum(pad) - k) // stride + 1 for n, k, pad in sides), kernel.shape[3])
+
+
+_convolution = _primitive("convolution", _default, _on_cpu, _output_shape, ("stride", "padding", "minimal"))
 _input_gradient = _primitive(
-    "same_input_gradient",
-    _input_gradient_of(direct),
-    _deferred(_input_gradient_of(minimal_filtering)),
-    lambda y, kernel: (*y[:-1], kernel[2]),
+    "convolution_input_gradient",
+    _input_gradient_by_default,
+    _input_gradient_on_cpu,
+    lambda y, kernel, size, **_: (y.shape[0], *size, kernel.shape[2]),
 )
 _kernel_gradient = _primitive(
-    "same_kernel_gradient",
-    _kernel_gradient_of(direct),
-    _deferred(_kernel_gradient_of(minimal_filtering)),
-    lambda y, x: (3, 3, x[-1], y[-1]),
+    "convolution_kernel_gradient",
+    _kernel_gradient_by_default,
+    _kernel_gradient_on_cpu,
+    lambda y, x, size, **_: (*size, x.shape[3], y.shape[3]),
     merge_batch=False,
 )
-ad.defbilinear(_same, lambda y, x, k: _input_gradient.bind(y, k), lambda y, x, k: _kernel_gradient.bind(y, x))
-ad.defbilinear(_input_gradient, lambda x, y, k: _same.bind(x, k), lambda x, y, k: _kernel_gradient.bind(y, x))
-ad.defbilinear(_kernel_gradient, lambda k, y, x: _same.bind(x, k), lambda k, y, x: _input_gradient.bind(y, k))
+
+
+def _convolution_of(a, b, size, **options):
+    return _convolution.bind(a, b, **options)
+
+
+def _input_gradient_at(y, kernel, image, **options):
+    return _input_gradient.bind(y, kernel, size=image.aval.shape[1:3], **options)
+
+
+def _kernel_gradient_at(y, x, kernel, **options):
+    return _kernel_gradient.bind(y, x, size=kernel.aval.shape[:2], **options)
+
+
+ad.defbilinear(
+    _convolution,
+    lambda y, x, k, **options: _input_gradient_at(y, k, x, **options),
+    lambda y, x, k, **options: _kernel_gradient_at(y, x, k, **options),
+)
+ad.defbilinear(
+    _input_gradient,
+    lambda x, y, k, **options: _convolution_of(x, k, **options),
+    lambda x, y, k, size, **options: _kernel_gradient_at(y, x, k, **options),
+)
+ad.defbilinear(
+    _kernel_gradient,
+    lambda k, y, x, **options: _convolution_of(x, k, **options),
+    lambda k, y, x, size, **options: _input_gradient_at(y, k, x, **options),
+)

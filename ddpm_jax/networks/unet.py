@@ -40,13 +40,16 @@ def convolution(features, dtype, stride=1, zero=False, name=None, padding="SAME"
     With `upsample` it follows nearest-neighbour upsampling: (H, W, C) -> (2 H, 2 W, features).
     """
     init = nn.initializers.zeros if zero else fan_avg
-    implementation = convolutions.upsampled if upsample else convolutions.same
-    options = {"conv_general_dilated": implementation} if stride == 1 else {}
-    return nn.Conv(features, (3, 3), stride, padding, dtype=dtype, kernel_init=init, name=name, **options)
+    implementation = convolutions.upsampled if upsample else convolutions.convolve
+    return nn.Conv(
+        features, (3, 3), stride, padding, dtype=dtype, kernel_init=init, name=name, conv_general_dilated=implementation
+    )
 
 
 def dense(features, dtype, zero=False, name=None):
-    return nn.Dense(features, dtype=dtype, kernel_init=nn.initializers.zeros if zero else fan_avg, name=name)
+    """A product of the channels of a vector, or of every pixel of an image, with a matrix, and a bias."""
+    init = nn.initializers.zeros if zero else fan_avg
+    return nn.Dense(features, dtype=dtype, kernel_init=init, name=name, dot_general=convolutions.product)
 
 
 class GroupNorm(nn.Module):
