@@ -255,7 +255,7 @@ def scan_steps(train_step):
 
 
 def _mean_over_microbatches(function, num, params, *args):
-    """Gradient accumulation: the mean of function(params, *microbatch) over `num` equal slices of `args` along axis 0."""
+    """Gradient accumulation: the mean of function(params, *microbatch) over `num` equal slices of `args` (axis 0)."""
     if num == 1:
         return function(params, *args)
 

@@ -1,5 +1,7 @@
 """The quick forms of convolutions against SciPy's sums in float64 and against XLA's own convolution."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,11 +48,34 @@ def test_doubled_is_the_convolution_of_the_doubled_image():
     close(convolutions.upsampled(x, kernel), in_float64(x.repeat(2, 1).repeat(2, 2), kernel), 2e-6)
 
 
-@pytest.fixture(scope="module")
-def both():
-    """(ours, XLA's own): each (value, the two gradients, a derivative along a direction) of a wide convolution."""
-    x, kernel, dx, dk = draw((2, 4, 6, WIDE), (3, 3, WIDE, WIDE + 1), (2, 4, 6, WIDE), (3, 3, WIDE, WIDE + 1))
-    (y,) = draw((2, 4, 6, WIDE + 1), seed=1)
+# side lengths, sides of the kernel, channels, features, stride, padding
+FORMS = {
+    "wide": ((4, 6), (3, 3), WIDE, WIDE + 1, 1, ((1, 1), (1, 1))),
+    "few features": ((4, 6), (3, 3), 5, 3, 1, ((1, 1), (1, 1))),
+    "more features": ((5, 3), (3, 3), 2, 4, 1, ((1, 1), (1, 1))),
+    "part of a doubling": ((4, 6), (2, 2), 3, 2, 1, ((1, 0), (0, 1))),
+    "halving": ((4, 6), (3, 3), 3, 2, 2, ((0, 1), (0, 1))),
+    "symmetric halving": ((4, 6), (3, 3), 2, 3, 2, ((1, 1), (1, 1))),
+    "halving odd sides": ((5, 7), (3, 3), 2, 3, 2, ((1, 1), (1, 1))),
+    "products": ((4, 6), (1, 1), 3, 2, 1, ((0, 0), (0, 0))),
+}
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def both(request):
+    """(ours, XLA's own): each (value, the two gradients, a derivative along a direction) of a convolution."""
+    sides, size, channels, features, stride, padding = FORMS[request.param]
+    shapes = (2, *sides, channels), (*size, channels, features)
+    x, kernel, dx, dk = draw(*shapes, *shapes)
+
+    def ours(x, kernel):
+        return convolutions.convolve(x, kernel, (stride, stride), padding)
+
+    def theirs(x, kernel):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=numbers)
+
+    (y,) = draw(theirs(x, kernel).shape, seed=1)
 
     def all_of(form):
         def per_image(x, kernel):
@@ -73,7 +98,7 @@ def both():
             }
         )()
 
-    return all_of(convolutions.convolve), all_of(convolutions.direct)
+    return all_of(ours), all_of(theirs)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +125,40 @@ def test_wide_ones_alone_are_products_of_matrices(shape, features, dtype, quick)
     program = jax.jit(convolutions.convolve).lower(x, kernel).as_text()
     assert ("stablehlo.convolution" not in program) == quick
     close(np.asarray(convolutions.convolve(x, kernel), np.float32), in_float64(*map(np.asarray, (x, kernel))), 1e-2)
+
+
+def test_a_dense_layer_is_a_product_for_every_pixel():
+    x, kernel, vector = draw((4, 6, 5), (5, 3), (5,))
+    numbers = (((2,), (0,)), ((), ()))
+    close(convolutions.product(x, kernel, numbers), x.astype(np.float64) @ kernel, 1e-6)
+    close(convolutions.product(vector, kernel, (((0,), (0,)), ((), ()))), vector.astype(np.float64) @ kernel, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("strides", "options"),
+    [((1, 2), {}), ((3, 3), {}), ((1, 1), {"rhs_dilation": (2, 2)}), ((1, 1), {"feature_group_count": 2})],
+)
+def test_what_it_cannot_do_is_refused(strides, options):
+    with pytest.raises(ValueError, match="only a stride of 1 or 2"):
+        convolutions.convolve(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 2)), strides, **options)
+
+
+def test_gradients_in_a_loop_are_convolutions_that_xla_recognizes():
+    """XLA on CPU calls its fast convolutions for this order of dimensions alone; outside loops it rearranges others."""
+
+    def gradients(kernel, x):
+        def output(kernel, x):
+            h = convolutions.convolve(x, kernel)
+            h = convolutions.convolve(h, kernel, (2, 2))
+            return jnp.sum(convolutions.upsampled(h, kernel) ** 2)
+
+        return jax.lax.scan(lambda _, x: (None, jax.grad(output, (0, 1))(kernel, x)), None, x)[1]
+
+    program = jax.jit(gradients).lower(jnp.ones((3, 3, 4, 4)), jnp.ones((3, 2, 8, 8, 4))).compile().as_text()
+    orders = re.findall(r" convolution\(.*dim_labels=([^,\s]*)", program)
+    assert len(orders) >= 6
+    assert set(orders) == {"b01f_01io->b01f"}
+    assert "lhs_dilate" not in program
 
 
 def test_other_platforms_keep_xlas_convolution():

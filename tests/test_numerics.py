@@ -41,13 +41,13 @@ def test_known_wrong_sums_are_right():
 
 
 @pytest.mark.parametrize("version", ["0.10.2", "0.12.0.1"])
-def test_only_the_versions_that_need_it_are_changed(version, monkeypatch):
+def test_sums_are_not_fused_in_the_version_that_gets_them_wrong(version, monkeypatch):
     monkeypatch.setattr(environment.metadata, "version", lambda name: version)
     monkeypatch.setattr(environment.util, "find_spec", lambda name: None)
     monkeypatch.setenv("XLA_FLAGS", "--xla_other=1")
-    environment._disable_miscompiled_reductions()
-    added = f" {environment.YNN_FLAG}=-reduce" if version == "0.10.2" else ""
-    assert os.environ["XLA_FLAGS"] == "--xla_other=1" + added
+    environment._choose_fusions()
+    off = "-individual_convolution" + (",-reduce" if version == "0.10.2" else "")
+    assert os.environ["XLA_FLAGS"] == f"--xla_other=1 {environment.YNN_FLAG}={off}"
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_flags_of_the_user_and_accelerators_are_left_alone(variables, plugin, ch
     for name in ("XLA_FLAGS", "JAX_PLATFORMS"):
         monkeypatch.setenv(name, variables.get(name, ""))
     before = os.environ["XLA_FLAGS"]
-    environment._disable_miscompiled_reductions()
+    environment._choose_fusions()
     assert (os.environ["XLA_FLAGS"] != before) == changed
 
 

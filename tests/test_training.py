@@ -26,15 +26,6 @@ def test_micro_batches_change_no_gradient():
     assert whole.params["w"] != 3
 
 
-def test_micro_batches_in_a_loop_give_the_mean():
-    """The form that accelerators use, with its loop not unrolled."""
-    data = jnp.arange(12.0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax.lax, "platform_dependent", lambda *args, **forms: forms["default"](*args))
-        found = jax.jit(lambda x: training._mean_over_microbatches(lambda p, x: {"m": p * x.mean()}, 3, 2.0, x))(data)
-    assert found["m"] == pytest.approx(11.0)
-
-
 def test_micro_batches_bound_the_memory():
     """Of what the backward pass needs of 8 layers, those of one part in eight are there at a time."""
 

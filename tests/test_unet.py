@@ -192,3 +192,16 @@ def test_remat_changes_no_gradient(tiny):
 
     for a, b in zip(*map(jax.tree.leaves, (gradient(tiny[0]), gradient(build(remat=True)[0]))), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_swish_and_its_derivatives():
+    """Against x / (1 + exp(-x)) and its derivatives in float64."""
+    x = np.linspace(-30, 30, 601)
+    sigmoid = 1 / (1 + np.exp(-x))
+    slope = sigmoid * (1 + x * (1 - sigmoid))
+    curvature = sigmoid * (1 - sigmoid) * (2 + x * (1 - 2 * sigmoid))
+    first = jax.grad(lambda x: unet.swish(x))
+    forms = [(unet.swish, x * sigmoid), (first, slope), (jax.grad(first), curvature)]
+    for function, expected in forms:
+        found = jax.vmap(function)(jnp.float32(x))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=3e-7 * np.abs(expected).max())

@@ -1,10 +1,10 @@
-"""The U-Net's convolutions and products, in forms whose gradients are fast on CPU. They differ from XLA's by rounding.
+"""The U-Net's convolutions and products, in forms with fast gradients on CPU. They differ from XLA's by rounding only.
 
-The signatures of `convolve`, `upsampled` and `product` fit the arguments conv_general_dilated of nn.Conv and dot_general
-of nn.Dense; a network of your own can pass them too. x: (N, H, W, C), kernel: (kh, kw, C, F).
+`convolve`, `upsampled` and `product` fit the arguments conv_general_dilated of nn.Conv and dot_general of nn.Dense,
+also in networks of your own. x: (N, H, W, C), kernel: (kh, kw, C, F).
 
-XLA on CPU runs the gradients of a convolution up to 200 times slower inside a loop than outside, because it does not
-recognize them there. So both gradients are written as convolutions that need no recognition.
+Inside a loop, XLA on CPU does not recognize the gradients of a convolution, and runs them up to 200 times slower than
+outside (findings/xla-gradients-in-loops.sh). Here both are convolutions that it recognizes everywhere.
 """
 
 import contextlib
@@ -21,16 +21,19 @@ MIN_CHANNELS = 128  # from this number on, minimal filtering is faster on CPU; w
 SAME = ((1, 1), (1, 1))
 
 
-def convolve(x, kernel, strides=(1, 1), padding="SAME", **_):
-    """The convolution with stride 1 or 2: minimal filtering for many channels on CPU, otherwise XLA's own.
+def convolve(x, kernel, strides=(1, 1), padding="SAME", **options):
+    """The convolution with stride 1 or 2 and zero padding ((top, bottom), (left, right)), SAME or VALID.
 
-    padding: ((top, bottom), (left, right)), or SAME of a 3x3 kernel, which is (0, 1) for stride 2 and even sides.
+    Minimal filtering for many channels on CPU, otherwise XLA's own. Raises ValueError for groups and dilations.
     """
-    stride = strides[0]
-    if padding == "SAME":
-        padding = [(1 if stride == 1 or side % 2 else 0, 1) for side in x.shape[1:3]]
+    dilated = {*(options.get("lhs_dilation") or ()), *(options.get("rhs_dilation") or ())} - {1}
+    if tuple(strides) not in ((1, 1), (2, 2)) or options.get("feature_group_count", 1) != 1 or dilated:
+        raise ValueError(f"only a stride of 1 or 2, no groups, no dilation: {strides=}, {options}")
+    size, stride = kernel.shape[:2], strides[0]
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(x.shape[1:3], size, strides, padding)
     padding = tuple(map(tuple, padding))
-    plain = stride == 1 and kernel.shape[:2] == (3, 3) and padding == SAME and x.dtype == jnp.float32
+    plain = stride == 1 and size == (3, 3) and padding == SAME and x.dtype == jnp.float32
     even = x.shape[1] % 2 == x.shape[2] % 2 == 0
     minimal = plain and even and min(kernel.shape[2:]) >= MIN_CHANNELS
     return _convolution.bind(x, kernel, stride=stride, padding=padding, minimal=minimal)
@@ -117,8 +120,12 @@ def _interleave(parts):
     return jnp.stack(rows, 2).reshape(n, 2 * height, 2 * width, features)
 
 
+def _has_phases(sides, size):
+    return size == (3, 3) and not any(side % 2 for side in sides)
+
+
 def _phases(x, kernel, padding):
-    """The 3x3 convolution of stride 2 as a sum of four of stride 1, of the pixels with even and odd row and column."""
+    """The 3x3 convolution of stride 2 for even sides, as four of stride 1: of even and odd rows and columns."""
 
     def phase(parity, low):
         """(the first of every second weight that meets pixels of this parity, their padding) along one axis."""
@@ -168,20 +175,24 @@ def _on_cpu(x, kernel, stride, padding, minimal):
 def _input_gradient_on_cpu(y, kernel, size, stride, padding, minimal):
     if minimal:
         return _transpose_x(minimal_filtering)(y, _defer(y, kernel), size)
-    if stride == 2:
+    if stride == 2 and _has_phases(size, kernel.shape[:2]):
         return _transpose_x(partial(_phases, padding=padding))(y, kernel, size)
+    if stride == 2:
+        return _input_gradient_by_default(y, kernel, size, stride, padding, minimal)
     return direct(y, kernel[::-1, ::-1].swapaxes(2, 3), 1, _around(kernel.shape[:2], padding))
 
 
 def _kernel_gradient_on_cpu(y, x, size, stride, padding, minimal):
     if minimal:
         return _transpose_kernel(minimal_filtering)(y, _defer(y, x), size)
-    if stride == 2:
+    if stride == 2 and _has_phases(x.shape[1:3], size):
         return _transpose_kernel(partial(_phases, padding=padding))(y, x, size)
+    if stride == 2:
+        return _kernel_gradient_by_default(y, x, size, stride, padding, minimal)
     if size == (1, 1):
         return lax.dot_general(x, y, (((0, 1, 2), (0, 1, 2)), ((), ())))[None, None]
-    # As one convolution: the images become the channels of a picture for each channel of `a`, and `b` is its kernel. The
-    # barrier keeps what computes x and y out of the loops that transpose them, which read memory in strides.
+    # A convolution in which each channel of `a` is an image, whose channels are the images of the batch; `b` is its
+    # kernel. The barrier keeps what computes x and y out of the loops that transpose them, which read with strides.
     x, y = lax.optimization_barrier((x, y))
     a, b = (y, x) if y.shape[3] < x.shape[3] else (x, y)
     around = padding if a is x else _around(size, padding)
