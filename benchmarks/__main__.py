@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import itertools
 import operator
-import resource
 import statistics
 import sys
 import tempfile
@@ -18,6 +17,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
+from benchmarks.diffusers_worker import peak_memory
 from ddpm_jax import config as configs
 from ddpm_jax import errors, options
 
@@ -213,12 +213,6 @@ def loader_speed(dataset, config, seconds=2.0):
         parallel.shard(data.batch(dataset, config.seed, step, config.batch_size))
         step += 1
     return step * config.batch_size / elapsed
-
-
-def peak_memory():
-    """The peak resident memory of the process so far, in MB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
 def measure_sampling(parts, rounds, steps):
