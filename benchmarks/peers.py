@@ -80,8 +80,7 @@ def main(argv=None):
             f"{args.config_file}: {experiment.parameter_count(parts):,} parameters, "
             f"{batch_size} images of {'x'.join(map(str, parts.shape))} a step\n"
         )
-        seconds = measure(pair, "train", args.rounds, args.block)
-        memory = pair.ours("memory"), pair.theirs("memory")  # before anything else is built
+        seconds, memory = measure_training(pair, args)  # before anything else is built
         print_row("difference of the outputs / largest", f"{difference(pair, parts.shape):.1e}", "under 1e-5")
         print_comparison("training step", "ms", seconds)
         print_row("peak memory, ours", f"{memory[0]:,.0f} MB")
@@ -162,6 +161,11 @@ def measure(pair, command, rounds, steps, *arguments):
         return lambda: ask(command, steps, *arguments) / steps
 
     return Seconds(*alternate(timer(pair.ours), timer(pair.theirs), rounds))
+
+
+def measure_training(pair, args):
+    """(Seconds of a training step, the peak memory of (ours, theirs) so far in MB); args: rounds and block."""
+    return measure(pair, "train", args.rounds, args.block), (pair.ours("memory"), pair.theirs("memory"))
 
 
 def difference(pair, shape):
