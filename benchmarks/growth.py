@@ -3,7 +3,7 @@
 Markdown tables of the training step and of the peak memory over the image's side, the batch and the width, one at a
 time, for the config's network with attention in the middle only; each point is measured as in benchmarks.peers, in new
 processes. The last rows are the exponent (the slope of a line through the logarithms) and the largest slope between
-neighbours. A point is left out where the step before lets expect more than --most seconds. --plot=FILE.png draws all.
+neighbours. A point is left out if, judging by the one before, its step would take more than --most seconds.
 """
 
 import dataclasses

@@ -10,6 +10,9 @@ from benchmarks.diffusers_worker import peak_memory, serve
 from ddpm_jax import config as configs
 from ddpm_jax import data, experiment, keys, parallel
 
+SIDE = 2048  # of the matrices that stand for the speed of the machine
+PRODUCT = 2 * SIDE**3  # FLOP
+
 
 def draw_params(parts):
     """Random parameters, also where training starts at zero, so that a comparison of outputs covers every layer."""
@@ -21,15 +24,15 @@ def draw_params(parts):
     return jax.tree_util.tree_map_with_path(draw, experiment.params_shape(parts))
 
 
-def matmul_flops(n=2048, tries=8):
-    """The best FLOP/s of a product of two n x n matrices."""
-    matrix, seconds = jax.numpy.ones((n, n)), []
+def matmul_flops(tries=8):
+    """The best FLOP/s of a product of two 2048x2048 matrices."""
+    matrix, seconds = jax.numpy.ones((SIDE, SIDE)), []
     multiply = jax.jit(jax.numpy.matmul)
     for _ in range(tries):
         begin = time.perf_counter()
         jax.block_until_ready(multiply(matrix, matrix))
         seconds.append(time.perf_counter() - begin)
-    return 2 * n**3 / min(seconds)
+    return PRODUCT / min(seconds)
 
 
 def start(folder, config, cpu_devices):

@@ -7,7 +7,6 @@ the ratio of the peak memory, and the difference of the outputs, relative to the
 """
 
 import dataclasses
-import itertools
 import statistics
 import sys
 
@@ -76,34 +75,39 @@ def describe(config):
 
 
 def random_net(random, most):
-    """A Config with a random U-Net, image size and batch size that both libraries accept, of at most `most` FLOP.
+    """A Config with a random U-Net, image size and batch size that both libraries accept, of at most `most` FLOP."""
+    batch = int(random.choice(BATCHES))
+    while True:
+        for _ in range(100):
+            config = draw_net(random, batch)
+            if training_flops(config) <= most:
+                return config
+        batch = max(min(BATCHES), batch // 2)  # few networks are small enough for this batch
+
+
+def draw_net(random, batch):
+    """A Config with a random U-Net and image size.
 
     The number of groups divides the channels, and so all widths: in diffusers it is the same in the whole network.
     """
     from ddpm_jax.networks.unet import largest_divisor
 
-    batch = int(random.choice(BATCHES))
-    for tries in itertools.count(1):
-        levels, channels = int(random.integers(2, 5)), int(random.choice(CHANNELS))
-        side = int(random.choice([side for side in SIDES if side % 2 ** (levels - 1) == 0]))
-        lowest = side >> levels - 1
-        drawn = {
-            "data.image_size": (side,),
-            "data.channels": int(random.choice([1, 3])),
-            "model.channels": channels,
-            "model.multipliers": (1, *sorted(random.integers(1, 5, levels - 1).tolist())),
-            "model.num_res_blocks": int(random.integers(1, 3)),
-            "model.attention_resolutions": (lowest,) if random.random() < 0.5 else (),  # one is always in the middle
-            "model.groups": largest_divisor(channels),
-            "model.dropout": 0.0,
-            "diffusion.variance": "fixedsmall",
-            "train.batch_size": batch,
-        }
-        config = options.replace(configs.Config(), drawn)
-        if training_flops(config) <= most:
-            return config
-        if tries % 100 == 0:  # few networks are small enough for this batch
-            batch = max(min(BATCHES), batch // 2)
+    levels, channels = int(random.integers(2, 5)), int(random.choice(CHANNELS))
+    side = int(random.choice([side for side in SIDES if side % 2 ** (levels - 1) == 0]))
+    lowest = side >> levels - 1
+    drawn = {
+        "data.image_size": (side,),
+        "data.channels": int(random.choice([1, 3])),
+        "model.channels": channels,
+        "model.multipliers": (1, *sorted(random.integers(1, 5, levels - 1).tolist())),
+        "model.num_res_blocks": int(random.integers(1, 3)),
+        "model.attention_resolutions": (lowest,) if random.random() < 0.5 else (),  # one is always in the middle
+        "model.groups": largest_divisor(channels),
+        "model.dropout": 0.0,
+        "diffusion.variance": "fixedsmall",
+        "train.batch_size": batch,
+    }
+    return options.replace(configs.Config(), drawn)
 
 
 def training_flops(config):
