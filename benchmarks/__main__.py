@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
+from benchmarks import reference
 from benchmarks.diffusers_worker import peak_memory
 from ddpm_jax import config as configs
 from ddpm_jax import errors, options
@@ -41,7 +42,7 @@ class Args(BenchmarkArgs):
     rounds: int = options.option(8, "batches of samples, each between two bare measurements", options.at_least(1))
     sample_steps: int = options.option(100, "sampling steps, at most diffusion.T", options.at_least(1))
     check: bool = options.option(False, "compare the ratios with the reference; exit code 1 if any is slower")
-    record: bool = options.option(False, "write the ratios into the reference, for this stack and config")
+    record: bool = options.option(False, "add the ratios to the reference, for this stack and config")
     compilations: int = options.option(3, "compilations of the step for --check and --record", options.at_least(1))
     reference: str = options.option("benchmarks/reference.json", "file of ratios that were measured before")
     platform: str = options.option(*options.PLATFORM)
@@ -54,7 +55,6 @@ def main(argv=None):
 
     import jax
 
-    from benchmarks import reference
     from ddpm_jax import data, experiment, parallel
     from ddpm_jax.run import checkpoint, log
 
@@ -190,7 +190,6 @@ def measure_compilation(parts, dataset, rounds):
     """Print the time to compile the step over that of a small program that never changes; {row: values} of it."""
     import jax
 
-    from benchmarks.reference import time_small_compilation
     from ddpm_jax import experiment, parallel
 
     def time_compilation():
@@ -200,7 +199,7 @@ def measure_compilation(parts, dataset, rounds):
         lowered.compile()
         return time.perf_counter() - start
 
-    seconds, small = alternate(time_compilation, time_small_compilation, rounds)
+    seconds, small = alternate(time_compilation, reference.time_small_compilation, rounds)
     name = "compilation, step / small program"
     found = {name: list(map(operator.truediv, seconds, means_of_neighbours(small)))}
     print_row(name, median_and_range(found[name]))

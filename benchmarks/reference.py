@@ -1,7 +1,8 @@
 """A file of ratios that were measured before, for each stack and config, to see what has become slower.
 
-All are ratios within one run, so that machines of different speed can be compared. Each has the median and the range of
-its values in that run; slower is a median that exceeds the one in the file by more than the width of that range.
+All are ratios within one run, so that machines of different speed can be compared. The file has the values of each
+run that was recorded; slower is a median that exceeds theirs by more than the width of their range. A second record
+widens the range by what differs from run to run; to begin anew, delete the file or the entry of the config.
 """
 
 import json
@@ -34,7 +35,7 @@ def describe_config(args):
 
 
 def read(path):
-    """{stack: {config: {row: {"median", "low", "high"}}}} in the file at `path`; empty if there is none."""
+    """{stack: {config: {row: values}}} in the file at `path`; empty if there is none."""
     try:
         return json.loads(Path(path).read_text())
     except FileNotFoundError:
@@ -54,16 +55,16 @@ def find(path, stack, config):
 
 
 def record(path, stack, config, found):
-    """Write the values `found`, {row: list}, into the file at `path`, which keeps its other stacks and configs."""
+    """Add the values `found`, {row: list}, to those of `config` on `stack` in the file at `path`."""
     from ddpm_jax.run.files import write_atomic
 
     content = read(path)
-    content.setdefault(stack, {})[config] = {
-        row: {"median": statistics.median(values), "low": min(values), "high": max(values)}
-        for row, values in found.items()
+    before = content.setdefault(stack, {}).get(config, {})
+    content[stack][config] = {
+        row: before.get(row, []) + [float(f"{value:.4g}") for value in values] for row, values in found.items()
     }
     with errors.writing(f"--reference={path}"):
-        write_atomic(Path(path), (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+        write_atomic(Path(path), (json.dumps(content, indent=1) + "\n").encode())
 
 
 def compare(expected, found):
@@ -76,7 +77,7 @@ def compare(expected, found):
         raise errors.ConfigError(f"the reference was measured with other options; only here or only there: {rows}")
     texts = {}
     for row, values in found.items():
-        median, low, high = (expected[row][name] for name in ("median", "low", "high"))
+        median, low, high = (of(expected[row]) for of in (statistics.median, min, max))
         slower = statistics.median(values) - median > high - low
         texts[row] = f"{SLOWER if slower else 'ok'}: {median:.3f} ({low:.3f} to {high:.3f})"
     return texts

@@ -129,6 +129,15 @@ def test_slower_than_the_reference(tmp_path, factor, slower):
     assert verdicts["compilation"] == "ok: 20.500 (20.000 to 21.000)"
 
 
+def test_a_second_record_widens_the_range(tmp_path):
+    file = tmp_path / "reference.json"
+    for factor in (1, 1.1):
+        reference.record(file, "stack", "config", {"loop": [factor * value for value in FOUND["loop"]]})
+    expected = reference.find(file, "stack", "config")
+    assert reference.compare(expected, {"loop": [1.2]})["loop"] == "ok: 1.070 (1.000 to 1.144)"
+    assert reference.compare(expected, {"loop": [1.22]})["loop"].startswith(reference.SLOWER)
+
+
 def test_the_reference_keeps_other_stacks_and_configs(tmp_path):
     file = tmp_path / "reference.json"
     for stack, config in (("a", "x"), ("a", "y"), ("b", "x")):
