@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.__main__ import BenchmarkArgs, median_and_range
 from benchmarks.nets import training_flops
-from benchmarks.peers import THEIR_PYTHON, THREADS, measure_training, processes
+from benchmarks.peers import THEIR_PYTHON, THREADS, Ended, measure_training, processes
 from ddpm_jax import config as configs
 from ddpm_jax import errors, options
 
@@ -69,7 +69,7 @@ def measure_axis(args, name, axis, points):
     from ddpm_jax.run import log
 
     log.note(f"| {name} | ours, ms | diffusers, ms | ours / theirs | ours, MB | diffusers, MB |\n|---:|{'---:|' * 5}")
-    rows, before = [], None
+    rows, before, about = [], None, ()
     for point in sorted(points):
         config, x = make_config(args.config, *point), point[axis]
         flops = training_flops(config)
@@ -77,7 +77,11 @@ def measure_axis(args, name, axis, points):
         if expected > args.most:
             log.note(f"| {x} | left out: about {expected:,.1f} s a step | | | | |")
             continue
-        seconds, memory = measure_point(config, args)
+        try:
+            seconds, memory, about = measure_point(config, args)
+        except Ended as error:
+            log.note(f"| {x} | {error} | | | | |")
+            break
         rows.append((x, *map(statistics.median, seconds), *memory))
         before = flops
         times = " | ".join(f"{1e3 * s:,.1f}" for s in rows[-1][1:3])
@@ -87,17 +91,17 @@ def measure_axis(args, name, axis, points):
         for title, slope in (("exponent", exponent), ("largest slope", largest_slope)):
             ours, theirs, *sizes = (f"{slope(*pair):.2f}" for pair in column_pairs(rows))
             log.note(f"| {title} | {ours} | {theirs} | | {' | '.join(sizes)} |")
-    log.note("")
+    log.note("\n" + ", ".join(about) + "\n")
     return rows
 
 
 def measure_point(config, args):
-    """What `measure_training` returns, from new processes."""
+    """What `measure_training` returns, and the text about both, from new processes."""
     from ddpm_jax.commands.dry_run import synthetic_batch
 
     parts, batch = synthetic_batch(config)
     with processes(parts, batch["image"], args) as pair:
-        return measure_training(pair, args)
+        return *measure_training(pair, args), pair.about
 
 
 def make_config(config, side, batch, channels):

@@ -42,6 +42,10 @@ class Args(BenchmarkArgs):
     threads: int = options.option(*THREADS)
 
 
+class Ended(errors.UserError):
+    """One of the two processes has ended by itself, such as for lack of memory."""
+
+
 class Pair(NamedTuple):
     """The two processes: functions (command, *arguments) -> result, see jax_worker.py and diffusers_worker.py."""
 
@@ -65,6 +69,8 @@ class Seconds(NamedTuple):
 def main(argv=None):
     args = options.parse(Args, argv, "-m benchmarks.peers", __doc__, configs.load)
 
+    import jax
+
     from ddpm_jax import experiment, parallel
     from ddpm_jax.commands.dry_run import synthetic_batch
     from ddpm_jax.run import log
@@ -72,6 +78,8 @@ def main(argv=None):
     batch_size = args.config.train.batch_size
     parallel.start(batch_size, 1, "cpu", "off", args.cpu_devices)
     parallel.check_batch_size(batch_size)
+    if args.num % jax.device_count():
+        raise errors.ConfigError(f"--num={args.num} does not divide over {jax.device_count()} devices")
     parts, batch = synthetic_batch(args.config)
     with processes(parts, batch["image"], args) as pair:
         for about in pair.about:
@@ -143,7 +151,7 @@ def process(command, settings):
                 f"or give a Python that has torch and diffusers as --their-python=PATH (now {python})"
             )
         if "result" not in answer:
-            raise errors.UserError(f"{' '.join(map(str, command))} ended with exit code {worker.wait()}")
+            raise Ended(f"{' '.join(map(str, command))} ended with exit code {worker.wait()}")
         return answer["result"]
 
     try:

@@ -12,7 +12,7 @@ from benchmarks import __main__ as main
 from benchmarks import growth, nets, peers, reference
 from ddpm_jax import config as configs
 from ddpm_jax import experiment, options
-from ddpm_jax.errors import ConfigError, UserError
+from ddpm_jax.errors import ConfigError
 from ddpm_jax.interop import layout
 
 # --- random networks
@@ -87,7 +87,7 @@ def test_points_that_would_take_too_long_are_left_out(monkeypatch, capsys):
 
     def measure_point(config, args):
         seconds = nets.training_flops(config) / 1e9
-        return peers.Seconds([seconds], [2 * seconds, 2 * seconds]), (100.0, 200.0)
+        return peers.Seconds([seconds], [2 * seconds, 2 * seconds]), (100.0, 200.0), ("jax", "torch")
 
     monkeypatch.setattr(growth, "measure_point", measure_point)
     config = configs.load(ROOT / "configs" / "digits.py")
@@ -99,6 +99,18 @@ def test_points_that_would_take_too_long_are_left_out(monkeypatch, capsys):
     assert out.count("left out: about ") == 2
     assert "| 16 | " in out
     assert "| 0.50 (0.50 to 0.50) | 100 | 200 |" in out
+
+
+def test_a_process_that_ends_ends_the_axis(monkeypatch, capsys):
+    def measure_point(config, args):
+        if config.train.batch_size > 8:
+            raise peers.Ended("diffusers_worker.py ended with exit code -9")
+        return peers.Seconds([0.1], [0.1, 0.1]), (100.0, 200.0), ("jax", "torch")
+
+    monkeypatch.setattr(growth, "measure_point", measure_point)
+    args = growth.Args(config=configs.load(ROOT / "configs" / "digits.py"))
+    assert len(growth.measure_axis(args, "batch", 1, [(8, batch, 32) for batch in (8, 16, 32)])) == 1
+    assert "| 16 | diffusers_worker.py ended with exit code -9 | | | | |\n\njax, torch\n" in capsys.readouterr().out
 
 
 def test_the_plot_has_a_panel_for_time_and_memory_of_each_axis():
@@ -202,7 +214,7 @@ def test_what_is_missing_in_a_process_is_one_line(ask):
 def test_a_process_that_ends_is_one_line(ask):
     with (
         ask('return "", {"end": lambda: os._exit(3)}') as (call, _),
-        pytest.raises(UserError, match=r"worker.py ended with exit code 3$"),
+        pytest.raises(peers.Ended, match=r"worker.py ended with exit code 3$"),
     ):
         call("end")
 
