@@ -3,14 +3,13 @@
 Compares the real training loop with the bare compiled step, and the real sampler with the bare network. The two
 alternate, because the speed of a machine drifts; a lower --config.train.log_every makes the turns shorter. The table
 shows medians (for wall-clock time the mean), with minimum and maximum in brackets. The table goes to stdout, the log of
-the training run to stderr; no file is kept.
+the training run to stderr; no file is kept. Before a release, --check compares the ratios with those of --record.
 """
 
 import contextlib
 import dataclasses
 import itertools
 import operator
-import resource
 import statistics
 import sys
 import tempfile
@@ -18,6 +17,8 @@ import time
 from pathlib import Path
 from unittest import mock
 
+from benchmarks import reference
+from benchmarks.diffusers_worker import peak_memory
 from ddpm_jax import config as configs
 from ddpm_jax import errors, options
 
@@ -40,6 +41,10 @@ class Args(BenchmarkArgs):
     steps: int = options.option(600, "training steps, at least twice train.log_every", options.at_least(1))
     rounds: int = options.option(8, "batches of samples, each between two bare measurements", options.at_least(1))
     sample_steps: int = options.option(100, "sampling steps, at most diffusion.T", options.at_least(1))
+    check: bool = options.option(False, "compare the ratios with the reference; exit code 1 if any is slower")
+    record: bool = options.option(False, "add the ratios to the reference, for this stack and config")
+    compilations: int = options.option(3, "compilations of the step for --check and --record", options.at_least(1))
+    reference: str = options.option("benchmarks/reference.json", "file of ratios that were measured before")
     platform: str = options.option(*options.PLATFORM)
 
 
@@ -60,15 +65,23 @@ def main(argv=None):
     log.note(parallel.describe())
     versions = checkpoint.versions() | {"python": sys.version.split()[0]}
     log.note(", ".join(f"{name} {version}" for name, version in versions.items()))
+    where = reference.describe_stack(), reference.describe_config(args)
+    expected = reference.find(args.reference, *where) if args.check else {}
     dataset = data.with_labels(data.load(**vars(config.data)), config.model.num_classes)
     parts = experiment.make(config, dataset.images.shape[1:])
     log.note(
         f"{args.config_file}: {experiment.parameter_count(parts):,} parameters, "
         f"{config.train.batch_size} images of {'x'.join(map(str, parts.shape))} a step\n"
     )
-    measure_training(parts, dataset)
-    measure_sampling(parts, args.rounds, args.sample_steps)
-    return 0
+    found = measure_training(parts, dataset) | measure_sampling(parts, args.rounds, args.sample_steps)
+    if args.check or args.record:
+        found |= measure_compilation(parts, dataset, args.compilations)
+    verdicts = reference.compare(expected, found) if args.check else {}
+    if args.record:
+        reference.record(args.reference, *where, found)
+    for name, verdict in verdicts.items():
+        print_row(name, median_and_range(found[name]), verdict)
+    return int(any(verdict.startswith(reference.SLOWER) for verdict in verdicts.values()))
 
 
 def check(args):
@@ -130,15 +143,28 @@ def means_of_neighbours(values):
 
 
 def measure_training(parts, dataset):
-    """Print the rows about the compiled step, the training loop, and the data loader."""
+    """Print the rows about the compiled step, the training loop, and the data loader; {row: values} of the ratios."""
+    from benchmarks.jax_worker import PRODUCT, matmul_flops
+
     config = parts.config.train
     step, (state, *rest) = compile_step(parts, dataset)
-    time_step = make_timer(lambda state: step(state, *rest)[0], state)
+    time_bare_step, speeds = make_timer(lambda state: step(state, *rest)[0], state), []
+
+    def time_step():
+        speeds.append(matmul_flops(tries=3))
+        return time_bare_step()
+
     bare, steps, logged, elapsed = run_loop(parts, dataset, time_step)
     baselines = means_of_neighbours(bare)
     print_row("bare training step", median_and_range([1e3 * seconds for seconds in bare], "{:.2f}") + " ms")
-    ratios = map(operator.truediv, logged, baselines)
-    print_row("training loop / bare step, as logged", median_and_range(ratios), "under 1.05")
+    products = "bare step / product of 2048x2048 matrices"
+    loop = "training loop / bare step, as logged"
+    found = {
+        products: [seconds * speed / PRODUCT for seconds, speed in zip(bare, speeds, strict=True)],
+        loop: list(map(operator.truediv, logged, baselines)),
+    }
+    print_row(products, median_and_range(found[products]))
+    print_row(loop, median_and_range(found[loop]), "under 1.05")
     ratios = [seconds / n / baseline for seconds, n, baseline in zip(elapsed, steps, baselines, strict=True)]
     mean = sum(map(operator.mul, ratios, steps)) / sum(steps)
     saves = sum(n % config.checkpoint_every == 0 for n in range(config.log_every, config.steps))
@@ -148,15 +174,43 @@ def measure_training(parts, dataset):
     print_row("loader alone", f"{speed:,.0f} images/s")
     print_row("loader / what the step consumes", f"{speed * statistics.median(bare) / config.batch_size:,.0f} times")
     print_row("peak resident memory after training", f"{peak_memory():,.0f} MB")
+    return found
+
+
+def step_inputs(parts, dataset):
+    """What the train step takes beside the state: a batch for all devices, and the root key."""
+    from ddpm_jax import data, keys, parallel
+
+    config = parts.config.train
+    batch = data.batch(dataset, config.seed, 0, config.batch_size)
+    return parallel.shard(batch), keys.root(config.seed, "train")
+
+
+def measure_compilation(parts, dataset, rounds):
+    """Print the time to compile the step over that of a small program that never changes; {row: values} of it."""
+    import jax
+
+    from ddpm_jax import experiment, parallel
+
+    def time_compilation():
+        fresh = experiment.make(parts.config, parts.shape)  # new functions, so that JAX finds nothing in its caches
+        step, state = parallel.pmap_step(fresh.train_step), jax.eval_shape(fresh.init_state)
+        lowered, start = step.lower(state, *step_inputs(fresh, dataset)), time.perf_counter()
+        lowered.compile()
+        return time.perf_counter() - start
+
+    seconds, small = alternate(time_compilation, reference.time_small_compilation, rounds)
+    name = "compilation, step / small program"
+    found = {name: list(map(operator.truediv, seconds, means_of_neighbours(small)))}
+    print_row(name, median_and_range(found[name]))
+    return found
 
 
 def compile_step(parts, dataset):
     """The pmapped train step and its arguments; prints its compilation time and memory."""
-    from ddpm_jax import data, keys, parallel
+    from ddpm_jax import parallel
 
-    config = parts.config.train
-    batch = parallel.shard(data.batch(dataset, config.seed, 0, config.batch_size))
-    arguments = parallel.replicate(parts.init_state()), batch, keys.root(config.seed, "train")
+    arguments = parallel.replicate(parts.init_state()), *step_inputs(parts, dataset)
     step, start = parallel.pmap_step(parts.train_step), time.perf_counter()
     compiled = step.lower(*arguments).compile()
     print_row("compilation of the step, cold", f"{time.perf_counter() - start:.1f} s")
@@ -215,14 +269,11 @@ def loader_speed(dataset, config, seconds=2.0):
     return step * config.batch_size / elapsed
 
 
-def peak_memory():
-    """The peak resident memory of the process so far, in MB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
-
-
 def measure_sampling(parts, rounds, steps):
-    """Print the rows about the sampler: one sampling step against one forward pass over the same images."""
+    """Print the rows about the sampler: one sampling step against one forward pass over the same images.
+
+    Returns {row: values} of the ratio.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -250,8 +301,9 @@ def measure_sampling(parts, rounds, steps):
     milliseconds = median_and_range([1e3 * seconds for seconds in bare], "{:.2f}")
     print_row(f"bare pass of the network, {len(indices)} images", f"{milliseconds} ms")
     name = f"sampling step / bare pass, {parts.config.train.sampler}, {steps} steps"
-    ratios = map(operator.truediv, sampling, means_of_neighbours(bare))
+    ratios = list(map(operator.truediv, sampling, means_of_neighbours(bare)))
     print_row(name, median_and_range(ratios), "under 1.1")
+    return {name: ratios}
 
 
 if __name__ == "__main__":
