@@ -144,7 +144,7 @@ def draw(found):
         pairs = column_pairs(rows)
         for (x, ours), (_, theirs), label in ((*pairs[:2], "seconds a step"), (*pairs[2:], "peak memory (MB)")):
             panels.append((name, x, label, {"ours": ours, "diffusers": theirs}, "log"))
-    figure = figures._curves(*panels)
+    figure = figures.curves(*panels)
     figure.set_size_inches(4 * len(panels), 3)
     for axes, (_, x, *_) in zip(figure.axes, panels, strict=True):
         axes.set_xscale("log", base=2)

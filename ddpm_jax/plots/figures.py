@@ -31,7 +31,7 @@ def _figure(size):
     return Figure(size, DPI, facecolor="none")
 
 
-def _curves(*panels):
+def curves(*panels):
     """Panels (x label, x, y label, {name: y}, scale) side by side; with a legend if there are several curves."""
     figure = _figure(SIZE)
     figure.set_layout_engine("constrained")
@@ -61,7 +61,7 @@ def schedule(schedule):
     times = share if isinstance(schedule, ContinuousSchedule) else np.ceil(share * schedule.T).astype(int)
     levels = np.asarray(schedule.logsnr(times), np.float64)
     shares = {"alphas_bar": 1 / (1 + np.exp(-levels)), "1 - alphas_bar": 1 / (1 + np.exp(levels))}
-    return _curves(
+    return curves(
         ("t / T", share, "share of the variance", shares, "linear"), ("t / T", share, "log-SNR", {"": levels}, "linear")
     )
 
@@ -69,7 +69,7 @@ def schedule(schedule):
 def losses(metrics):
     """The loss, and the loss in each quarter of t, against steps; metrics: {name: (N,)} from records.metrics."""
     quarters = {of: metrics[f"loss_q{q}"] for q, of in enumerate(("1st", "2nd", "3rd", "4th"), 1)}
-    return _curves(
+    return curves(
         ("step", metrics["step"], "loss", {"": metrics["loss"]}, "log"),
         ("step", metrics["step"], "loss by quarter of t", quarters, "log"),
     )
@@ -77,7 +77,7 @@ def losses(metrics):
 
 def gradients(metrics):
     """The gradient norm before clipping, and the learning rate, against steps."""
-    return _curves(
+    return curves(
         ("step", metrics["step"], "gradient norm", {"": metrics["grad_norm"]}, "log"),
         ("step", metrics["step"], "learning rate", {"": metrics["learning_rate"]}, "linear"),
     )
@@ -89,7 +89,7 @@ def rate_distortion(curve):
     curve: {"t", "rate", "rmse"}, from nll in evaluation.json.
     """
     error = "rmse of x_0_hat (levels of 255)", {"": curve["rmse"]}, "linear"
-    return _curves(("rate (bits/dim)", curve["rate"], *error), ("t", curve["t"], *error))
+    return curves(("rate (bits/dim)", curve["rate"], *error), ("t", curve["t"], *error))
 
 
 def tiles(pictures, labels, columns):
