@@ -31,7 +31,7 @@ def tpu_is_attached():
 def _choose_fusions():
     """Turn off two kinds of YNNPACK's fusions on CPU, where no accelerator's plugin would read the flag too.
 
-    Its convolutions take twice as long as Eigen's for the gradient of a kernel (python -m benchmarks.convolutions). Its
+    Its convolutions take twice as long as Eigen's for the gradient of a kernel (docs/performance.md). Its
     sums give some wrong results in jaxlib 0.10.2 (jax-ml/jax issue 39103).
     """
     flags = os.environ.get("XLA_FLAGS", "")
