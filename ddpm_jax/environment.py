@@ -31,8 +31,8 @@ def tpu_is_attached():
 def _choose_fusions():
     """Turn off two kinds of YNNPACK's fusions on CPU, where no accelerator's plugin would read the flag too.
 
-    Its convolutions take twice as long as Eigen's for the gradient of a kernel (docs/performance.md). Its
-    sums give some wrong results in jaxlib 0.10.2 (jax-ml/jax issue 39103).
+    Its convolutions take twice as long as Eigen's for the gradient of a kernel (docs/performance.md). Its sums give
+    some wrong results in jaxlib 0.10.2 (jax-ml/jax issue 39103).
     """
     flags = os.environ.get("XLA_FLAGS", "")
     has_accelerator = tpu_is_attached() or any(util.find_spec(name) for name in PLUGINS)
