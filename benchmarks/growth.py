@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.__main__ import BenchmarkArgs, median_and_range
 from benchmarks.nets import training_flops
-from benchmarks.peers import THEIR_PYTHON, THREADS, Ended, measure_training, processes
+from benchmarks.peers import THEIR_PYTHON, THREADS, ProcessEnded, measure_training, processes
 from ddpm_jax import config as configs
 from ddpm_jax import errors, options
 
@@ -79,7 +79,7 @@ def measure_axis(args, name, axis, points):
             continue
         try:
             seconds, memory, about = measure_point(config, args)
-        except Ended as error:
+        except ProcessEnded as error:
             log.note(f"| {x} | {error} | | | | |")
             break
         rows.append((x, *map(statistics.median, seconds), *memory))

@@ -42,7 +42,7 @@ class Args(BenchmarkArgs):
     threads: int = options.option(*THREADS)
 
 
-class Ended(errors.UserError):
+class ProcessEnded(errors.UserError):
     """One of the two processes has ended by itself, such as for lack of memory."""
 
 
@@ -151,7 +151,7 @@ def process(command, settings):
                 f"or give a Python that has torch and diffusers as --their-python=PATH (now {python})"
             )
         if "result" not in answer:
-            raise Ended(f"{' '.join(map(str, command))} ended with exit code {worker.wait()}")
+            raise ProcessEnded(f"{' '.join(map(str, command))} ended with exit code {worker.wait()}")
         return answer["result"]
 
     try:

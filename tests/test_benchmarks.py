@@ -104,7 +104,7 @@ def test_points_that_would_take_too_long_are_left_out(monkeypatch, capsys):
 def test_a_process_that_ends_ends_the_axis(monkeypatch, capsys):
     def measure_point(config, args):
         if config.train.batch_size > 8:
-            raise peers.Ended("diffusers_worker.py ended with exit code -9")
+            raise peers.ProcessEnded("diffusers_worker.py ended with exit code -9")
         return peers.Seconds([0.1], [0.1, 0.1]), (100.0, 200.0), ("jax", "torch")
 
     monkeypatch.setattr(growth, "measure_point", measure_point)
@@ -214,7 +214,7 @@ def test_what_is_missing_in_a_process_is_one_line(ask):
 def test_a_process_that_ends_is_one_line(ask):
     with (
         ask('return "", {"end": lambda: os._exit(3)}') as (call, _),
-        pytest.raises(peers.Ended, match=r"worker.py ended with exit code 3$"),
+        pytest.raises(peers.ProcessEnded, match=r"worker.py ended with exit code 3$"),
     ):
         call("end")
 

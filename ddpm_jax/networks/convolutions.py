@@ -120,7 +120,7 @@ def _interleave(parts):
     return jnp.stack(rows, 2).reshape(n, 2 * height, 2 * width, features)
 
 
-def _has_phases(sides, size):
+def _splits_into_phases(sides, size):
     return size == (3, 3) and not any(side % 2 for side in sides)
 
 
@@ -175,45 +175,45 @@ def _on_cpu(x, kernel, stride, padding, minimal):
 def _input_gradient_on_cpu(y, kernel, size, stride, padding, minimal):
     if minimal:
         return _transpose_x(minimal_filtering)(y, _defer(y, kernel), size)
-    if stride == 2 and _has_phases(size, kernel.shape[:2]):
+    if stride == 2 and _splits_into_phases(size, kernel.shape[:2]):
         return _transpose_x(partial(_phases, padding=padding))(y, kernel, size)
     if stride == 2:
-        return _input_gradient_by_default(y, kernel, size, stride, padding, minimal)
-    return direct(y, kernel[::-1, ::-1].swapaxes(2, 3), 1, _around(kernel.shape[:2], padding))
+        return _input_gradient_by_xla(y, kernel, size, stride, padding, minimal)
+    return direct(y, kernel[::-1, ::-1].swapaxes(2, 3), 1, _transposed_padding(kernel.shape[:2], padding))
 
 
 def _kernel_gradient_on_cpu(y, x, size, stride, padding, minimal):
     if minimal:
         return _transpose_kernel(minimal_filtering)(y, _defer(y, x), size)
-    if stride == 2 and _has_phases(x.shape[1:3], size):
+    if stride == 2 and _splits_into_phases(x.shape[1:3], size):
         return _transpose_kernel(partial(_phases, padding=padding))(y, x, size)
     if stride == 2:
-        return _kernel_gradient_by_default(y, x, size, stride, padding, minimal)
+        return _kernel_gradient_by_xla(y, x, size, stride, padding, minimal)
     if size == (1, 1):
         return lax.dot_general(x, y, (((0, 1, 2), (0, 1, 2)), ((), ())))[None, None]
     # A convolution in which each channel of `a` is an image, whose channels are the images of the batch; `b` is its
     # kernel. The barrier keeps what computes x and y out of the loops that transpose them, which read with strides.
     x, y = lax.optimization_barrier((x, y))
     a, b = (y, x) if y.shape[3] < x.shape[3] else (x, y)
-    around = padding if a is x else _around(size, padding)
+    around = padding if a is x else _transposed_padding(size, padding)
     gradient = direct(a.transpose(3, 1, 2, 0), b.transpose(1, 2, 0, 3), 1, around)
     return gradient.transpose(1, 2, 0, 3) if a is x else gradient[:, ::-1, ::-1].transpose(1, 2, 3, 0)
 
 
-def _around(size, padding):
+def _transposed_padding(size, padding):
     """The padding of the convolution that is the transpose of one with this padding and size of kernel."""
     return [(side - 1 - low, side - 1 - high) for side, (low, high) in zip(size, padding, strict=True)]
 
 
-def _default(x, kernel, stride, padding, minimal):
+def _by_xla(x, kernel, stride, padding, minimal):
     return direct(x, kernel, stride, padding)
 
 
-def _input_gradient_by_default(y, kernel, size, stride, padding, minimal):
+def _input_gradient_by_xla(y, kernel, size, stride, padding, minimal):
     return _transpose_x(partial(direct, stride=stride, padding=padding))(y, kernel, size)
 
 
-def _kernel_gradient_by_default(y, x, size, stride, padding, minimal):
+def _kernel_gradient_by_xla(y, x, size, stride, padding, minimal):
     return _transpose_kernel(partial(direct, stride=stride, padding=padding))(y, x, size)
 
 
@@ -247,16 +247,16 @@ def _output_shape(x, kernel, stride, padding, minimal):
     return (x.shape[0], *((n + sum(pad) - k) // stride + 1 for n, k, pad in sides), kernel.shape[3])
 
 
-_convolution = _primitive("convolution", _default, _on_cpu, _output_shape, ("stride", "padding", "minimal"))
+_convolution = _primitive("convolution", _by_xla, _on_cpu, _output_shape, ("stride", "padding", "minimal"))
 _input_gradient = _primitive(
     "convolution_input_gradient",
-    _input_gradient_by_default,
+    _input_gradient_by_xla,
     _input_gradient_on_cpu,
     lambda y, kernel, size, **_: (y.shape[0], *size, kernel.shape[2]),
 )
 _kernel_gradient = _primitive(
     "convolution_kernel_gradient",
-    _kernel_gradient_by_default,
+    _kernel_gradient_by_xla,
     _kernel_gradient_on_cpu,
     lambda y, x, size, **_: (*size, x.shape[3], y.shape[3]),
     merge_batch=False,

@@ -116,7 +116,7 @@ class ResBlock(nn.Module):
     def __call__(self, x, embedding):
         h = swish(group_norm(self.groups, x.shape[-1], "norm_1", self.name, self.epsilon)(x))
         h = convolution(self.features, self.dtype, name="conv_1")(h)
-        embedding = dense(self.features * (1 + self.scale_shift), self.dtype, name="time")(nn.swish(embedding))
+        embedding = dense(self.features * (1 + self.scale_shift), self.dtype, name="time")(swish(embedding))
         norm = group_norm(self.groups, self.features, "norm_2", self.name, self.epsilon)
         if self.scale_shift:
             scale, shift = jnp.split(embedding, 2)
@@ -195,7 +195,7 @@ class UNet(nn.Module):
         embedding = dense(4 * self.channels, self.dtype, name="time_1")(
             time_embedding(t, self.channels, self.time_scale, self.frequency_shift, self.cos_first)
         )
-        embedding = dense(4 * self.channels, self.dtype, name="time_2")(nn.swish(embedding))
+        embedding = dense(4 * self.channels, self.dtype, name="time_2")(swish(embedding))
         if self.num_classes:  # the last entry means no label; it is trained only with label dropout
             label = jnp.asarray(self.num_classes if label is None else label)
             embedding += nn.Embed(self.num_classes + 1, 4 * self.channels, dtype=self.dtype, name="label")(label)
