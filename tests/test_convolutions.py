@@ -143,6 +143,19 @@ def test_what_it_cannot_do_is_refused(strides, options):
         convolutions.convolve(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 2)), strides, **options)
 
 
+def test_without_jit_each_operation_runs_once():
+    """jax.disable_jit, with which users look for a NaN, must not send an operation back to itself."""
+    x, kernel = draw((1, 4, 4, 2), (3, 3, 2, 3))
+
+    def gradients():
+        return jax.grad(lambda x, kernel: (convolutions.convolve(x, kernel) ** 2).sum(), (0, 1))(x, kernel)
+
+    with jax.disable_jit():
+        found = gradients()
+    for one, other in zip(found, jax.jit(gradients)(), strict=True):
+        close(one, other, 1e-6)
+
+
 def test_gradients_in_a_loop_are_convolutions_that_xla_recognizes():
     """XLA on CPU calls its fast convolutions for this order of dimensions alone; outside loops it rearranges others."""
 

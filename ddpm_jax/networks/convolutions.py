@@ -226,7 +226,13 @@ def _primitive(name, default, on_cpu, shape, static=("size", "stride", "padding"
     """A primitive of two arrays. merge_batch: vmap may merge its axis into the images of the first argument."""
     primitive = Primitive(name)
     default, on_cpu = (jax.jit(function, static_argnames=static) for function in (default, on_cpu))
-    primitive.def_impl(jax.jit(primitive.bind, static_argnames=static))
+    compiled = jax.jit(primitive.bind, static_argnames=static)
+
+    def run(*arrays, **options):
+        with jax.disable_jit(False):  # without jit, bind would call this function again
+            return compiled(*arrays, **options)
+
+    primitive.def_impl(run)
     primitive.def_abstract_eval(lambda a, b, **options: jax.core.ShapedArray(shape(a, b, **options), a.dtype))
     mlir.register_lowering(primitive, mlir.lower_fun(default, multiple_results=False))
     mlir.register_lowering(primitive, mlir.lower_fun(on_cpu, multiple_results=False), platform="cpu")

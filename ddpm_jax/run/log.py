@@ -1,5 +1,6 @@
 """Output of a run: metrics.jsonl, and lines or a progress bar on the console."""
 
+import atexit
 import contextlib
 import json
 import logging
@@ -50,6 +51,8 @@ def quiet():
             show(unraisable)
 
     sys.unraisablehook = hook
+    # The errors of a failed save can outlive the block; asyncio logs them when the interpreter frees them at its end.
+    atexit.register(logging.getLogger("asyncio").setLevel, logging.CRITICAL + 1)
     try:
         with _log_level(logging.CRITICAL + 1, "absl", "asyncio"):
             yield
