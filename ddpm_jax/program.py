@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import data, experiment, keys, parallel, training
+from ddpm_jax import data, experiment, keys, parallel, training, vectors
 from ddpm_jax.experiment import Experiment
 
 
@@ -16,7 +16,7 @@ class Program(NamedTuple):
     """Training as four functions. `rollbacks` is their number so far; each one changes the batches and random keys."""
 
     init_state: Callable  # () -> state, on the host's default device
-    place: Callable  # state -> state with the layout on the devices that `step` returns
+    place: Callable  # state -> state with the form, and the layout on the devices, that `step` returns
     batches: Callable  # (range of steps, rollbacks=0) -> batches for `step`, on the host
     step: Callable  # (state, batches, rollbacks=0) -> state, metrics with a leading axis of steps
 
@@ -38,7 +38,7 @@ def _single(parts, dataset):
     def step(state, batches, rollbacks=0):
         return mapped(state, batches, _train_key(config.seed, rollbacks))
 
-    return Program(parts.init_state, parallel.replicate, batches, step)
+    return Program(parts.init_state, _pack_first(parts.init_state, parallel.replicate), batches, step)
 
 
 def _ensemble(parts, dataset):
@@ -71,28 +71,33 @@ def _ensemble(parts, dataset):
     def step(state, batches, rollbacks=0):
         return train(state, batches, jnp.stack([_train_key(seed, rollbacks) for seed in seeds]))
 
-    @jax.jit
-    def make_states(roots):  # an argument, as in experiment.make
-        return jax.vmap(parts.init_state)(jax.vmap(parts.init)(roots))
+    draw_params = experiment.compile_quickly(jax.vmap(parts.init))
 
     def init_states():
-        return make_states(jnp.stack([keys.root(seed, "init") for seed in seeds]))
+        return jax.vmap(parts.init_state)(draw_params(jnp.stack([keys.root(seed, "init") for seed in seeds])))
 
-    return Program(init_states, place, batches, step)
+    return Program(init_states, _pack_first(init_states, place), batches, step)
+
+
+def _pack_first(init_state, place):
+    """`place` of a state in the form that init_state returns; one from a checkpoint has no Vectors."""
+    return lambda state: place(vectors.pack_like(jax.eval_shape(init_state), state))
 
 
 def make_draw(parts: Experiment, sampler: str, steps: int, *args, **options) -> Callable:
     """draw(params, num, seed=0, labels=None, batch_size=64, start=0): images `start` to `num` of a seed, in batches.
 
-    Batches are uint8 (b, frames, H, W, C); the last frame is the sample. Without labels, a class-conditional model
-    cycles through its classes. Arguments: see experiment.make_generate. Raises Diverged for a non-finite image.
+    params: a tree or a vectors.Vector. Batches are uint8 (b, frames, H, W, C); the last frame is the sample. Without
+    labels, a class-conditional model cycles through its classes. Arguments: see experiment.make_generate. Raises
+    Diverged for a non-finite image.
     """
     generate = parallel.pmap_generate(experiment.make_generate(parts, sampler, steps, *args, **options))
 
     def draw(params, num, seed=0, labels=None, batch_size=64, start=0):
         indices, root = np.arange(start, num), keys.root(seed, "sample")
         labels = experiment.cyclic_labels(parts, indices) if labels is None else labels[start:]
-        return parallel.generate_batches(generate, parallel.replicate(params), root, indices, labels, batch_size)
+        tree = parallel.replicate(vectors.unpack(jax.device_get(params)))
+        return parallel.generate_batches(generate, tree, root, indices, labels, batch_size)
 
     return draw
 

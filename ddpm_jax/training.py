@@ -10,13 +10,13 @@ import optax
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from ddpm_jax import averages
+from ddpm_jax import averages, vectors
 from ddpm_jax.diffusion import draw_u, to_unit
 from ddpm_jax.keys import named
 
 
 class TrainState(NamedTuple):
-    """Everything that training carries from step to step; arrays only."""
+    """Everything that training carries from step to step; arrays only. A tree may be packed into a vectors.Vector."""
 
     step: jax.Array  # int32: steps taken, skipped ones included
     skipped: jax.Array  # int32: steps with a non-finite gradient, which changed nothing
@@ -198,7 +198,7 @@ def _make_loss_and_grad(loss, flip, time_sampling):
 
     def batch_loss(params, keys, batch, u, weight):
         losses, aux = jax.vmap(image_loss, (None, 0, 0, 0, 0, 0))(
-            params, keys, batch["image"], batch.get("label"), u, weight
+            vectors.unpack(params), keys, batch["image"], batch.get("label"), u, weight
         )
         return jnp.mean(losses), jax.tree.map(lambda x: jnp.mean(x, 0), aux)
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from conftest import TINY
 
-from ddpm_jax import config, editing, experiment, schedules
+from ddpm_jax import config, editing, experiment, schedules, vectors
 from ddpm_jax.errors import ConfigError
 from ddpm_jax.evaluation import likelihood
 
@@ -96,8 +96,9 @@ def test_one_step_reaches_every_parameter():
     for _ in range(3):  # layers behind zeros move when those have
         state, metrics = mapped(state, jax.tree.map(lambda x: x[None], batch), jax.random.key(0))
     assert np.isfinite(metrics["loss"])
-    for trees in (state.params, state.averages[0]):
-        moved = jax.tree.map(lambda a, b: np.any(a != b), trees, init_state().params)
+    start, *ends = (vectors.unpack(jax.device_get(x)) for x in (init_state().params, state.params, state.averages[0]))
+    for tree in ends:
+        moved = jax.tree.map(lambda a, b: np.any(a != b), tree, start)
         assert all(jax.tree.leaves(moved)), moved
 
 

@@ -34,7 +34,7 @@ def room(module):
     return None if parts[0] != "ddpm_jax" or parts[-1] == "__main__" or len(parts) == 1 else parts[1]
 
 
-GROUND = {"errors", "keys"}
+GROUND = {"errors", "keys", "vectors"}
 MATHS = {
     "schedules",
     "diffusion",

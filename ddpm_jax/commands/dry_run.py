@@ -8,7 +8,7 @@ import time
 import jax
 import numpy as np
 
-from ddpm_jax import data, experiment, keys, parallel
+from ddpm_jax import data, experiment, keys, parallel, vectors
 from ddpm_jax.networks import convolutions
 
 LARGE = 128  # side of images above which minimal filtering is not compiled for CPU
@@ -59,7 +59,8 @@ def compile_for_topology(config, devices, say):
     """Compile the step for `devices` that are not here; report its cost per device and a lower bound of its time."""
     parts, batch = synthetic_batch(config)
     describe(parts, say)
-    state, root = jax.eval_shape(parts.init_state), jax.eval_shape(lambda: keys.root(config.train.seed, "train"))
+    state = vectors.unpack(jax.eval_shape(parts.init_state))
+    root = jax.eval_shape(lambda: keys.root(config.train.seed, "train"))
     batch = jax.eval_shape(lambda: jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), batch))
     # At higher levels the compiler searches for the best shape of each convolution, which takes minutes.
     jax.config.update("jax_optimization_level", "O0")

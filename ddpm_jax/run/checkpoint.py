@@ -24,7 +24,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ddpm_jax import __version__, parallel
+from ddpm_jax import __version__, parallel, vectors
 from ddpm_jax.environment import YNN_FLAG
 from ddpm_jax.errors import CheckpointError, Diverged, UserError
 from ddpm_jax.run import trees
@@ -113,9 +113,10 @@ def save(manager, state, **meta):
     saved before stay as they are.
     """
     step = int(np.max(state.step))  # the same for all members of an ensemble
-    items = {name: trees.nested(getattr(state, name)) for name in _nonempty(state)}
+    items = vectors.unpack(jax.device_get({name: getattr(state, name) for name in _nonempty(state)}))
+    items = {name: trees.nested(tree) for name, tree in items.items()}
     with ThreadPoolExecutor() as pool:  # copies and checksums release the GIL
-        leaves, structure = jax.tree.flatten(jax.device_get(items))
+        leaves, structure = jax.tree.flatten(items)
         items = jax.tree.unflatten(structure, pool.map(lambda leaf: np.array(leaf).view(_NoCopy), leaves))
         digests = {name: trees.digest(tree, pool.map) for name, tree in items.items()}
     bad = trees.not_finite(items)
@@ -318,10 +319,11 @@ def _check_shapes(where, found, expected, changed):
 
 
 def restore_state(folder, template, step=None, config=None):
-    """(TrainState of NumPy arrays, meta) of the newest intact step, or of `step`.
+    """(TrainState of trees of NumPy arrays, meta) of the newest intact step, or of `step`.
 
     template: a TrainState of the expected shapes; config: see load.
     """
+    template = vectors.unpack(template)
     expected = {name: getattr(template, name) for name in _nonempty(template)}
     meta, items = load(folder, list(expected), lambda meta: expected, step, config)
     parts = {name: trees.like(tree, items[name]) for name, tree in expected.items()}

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from ddpm_jax import vectors
 from ddpm_jax.errors import CheckpointError
 from ddpm_jax.run import trees
 from ddpm_jax.run.files import write_atomic
@@ -26,7 +27,7 @@ def save(folder, step, averages):
     arrays = {
         f"{float(length)}/{trees.name(path)}": np.asarray(leaf, np.float32)
         for length, tree in averages.items()
-        for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(tree))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(vectors.unpack(jax.device_get(tree)))
     }
     buffer = io.BytesIO()
     np.savez(buffer, crc32=np.uint32(trees.digest([step, arrays])), **arrays)
