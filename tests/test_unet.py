@@ -48,6 +48,59 @@ def test_group_norm_takes_one_image_as_a_whole():
     np.testing.assert_allclose(found, wanted.reshape(x.shape), atol=1e-5)
 
 
+def test_group_norm_of_an_image_and_an_offset():
+    """That of their sum, in float64; the image lies 100 standard deviations from 0."""
+    random = np.random.default_rng(0)
+    image, (offset, scale, bias) = random.normal(100, 1, (5, 6, 12)).astype(np.float32), random.normal(0, 30, (3, 12))
+    found = unet.group_norm(4, 12).apply({"params": {"scale": scale, "bias": bias}}, image, np.float32(offset))
+    total = (image.astype(np.float64) + np.float32(offset)).reshape(5, 6, 4, 3)
+    total -= total.mean((0, 1, 3), keepdims=True)
+    wanted = (total / np.sqrt((total**2).mean((0, 1, 3), keepdims=True) + 1e-6)).reshape(5, 6, 12) * scale + bias
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_moments_and_their_derivatives():
+    """First and second ones against those of jnp.var, which is differentiated as written."""
+    x = jnp.asarray(np.random.default_rng(0).normal(3, 2, (3, 2, 2)), jnp.float32)
+
+    def plain(x):
+        return jnp.mean(x, (0, 1)), jnp.var(x, (0, 1))
+
+    def mixed(moments):
+        return lambda x: sum(jnp.sum(jnp.sin(value)) for value in moments(x))
+
+    for derivative in (lambda f: f, jax.grad, jax.hessian):
+        one, other = derivative(mixed(unet.moments))(x), derivative(mixed(plain))(x)
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_the_convolution_before_a_norm_is_that_of_flax():
+    """The same random kernel and names; the bias is handed on."""
+    image, key = IMAGE.repeat(4, -1), jax.random.key(3)
+    module, flax = unet.Convolution(6, jnp.float32), unet.convolution(6, jnp.float32)
+    params = module.init(key, image)
+    jax.tree.map(np.testing.assert_array_equal, params, flax.init(key, image))
+    bias = jnp.arange(6.0)
+    params["params"]["bias"] = bias
+    output, offset = module.apply(params, image)
+    np.testing.assert_array_equal(offset, bias)
+    np.testing.assert_allclose(output + offset, flax.apply(params, image), atol=1e-5)
+
+
+def test_the_backward_pass_keeps_sums_and_products_alone():
+    """No norm and no activation of the size of the image, among what a block hands to its gradient."""
+    block = unet.nn.remat(unet.ResBlock, policy=unet.keep_sums_and_products)(8, 4, 0.0, False, jnp.float32)
+    plain = unet.ResBlock(8, 4, 0.0, False, jnp.float32)
+    image, embedding = jnp.ones((8, 8, 8)), jnp.ones(4)
+    params = plain.init(jax.random.key(0), image, embedding)
+
+    def kept(module):
+        _, backward = jax.vjp(lambda params, image: module.apply(params, image, embedding), params, image)
+        return sum(leaf.size >= image.size for leaf in jax.tree.leaves(backward))
+
+    assert kept(block) < kept(plain) / 2
+
+
 def test_attention_is_softmax_of_scaled_products():
     """Two heads over twelve pixels, in NumPy float64 from the layer's own parameters."""
     x = np.random.default_rng(0).normal(size=(3, 4, 8))
