@@ -17,7 +17,11 @@ from ddpm_jax import experiment, options, program
 from ddpm_jax.commands import sample, train
 from ddpm_jax.run import checkpoint
 
-KEEP = "\nimport pickle, jax; pickle.dump((jax.device_get(state.ema_params), samples), open('made', 'wb'))\n"
+KEEP = """
+import pickle, jax
+from ddpm_jax import vectors
+pickle.dump((vectors.unpack(jax.device_get(state.ema_params)), samples), open("made", "wb"))
+"""
 
 
 @pytest.mark.slow
