@@ -57,6 +57,9 @@ FORMS = {
     "halving": ((4, 6), (3, 3), 3, 2, 2, ((0, 1), (0, 1))),
     "symmetric halving": ((4, 6), (3, 3), 2, 3, 2, ((1, 1), (1, 1))),
     "halving odd sides": ((5, 7), (3, 3), 2, 3, 2, ((1, 1), (1, 1))),
+    "few pixels": ((2, 2), (3, 3), 3, 5, 1, ((1, 1), (1, 1))),
+    "halving few pixels": ((2, 3), (3, 3), 3, 2, 2, ((0, 1), (1, 1))),
+    "one pixel": ((1, 1), (3, 3), 4, 2, 1, ((1, 1), (1, 1))),
     "products": ((4, 6), (1, 1), 3, 2, 1, ((0, 0), (0, 0))),
 }
 
@@ -172,6 +175,17 @@ def test_gradients_in_a_loop_are_convolutions_that_xla_recognizes():
     assert len(orders) >= 6
     assert set(orders) == {"b01f_01io->b01f"}
     assert "lhs_dilate" not in program
+
+
+def test_few_pixels_are_products():
+    """XLA would exchange image and kernel of a convolution of 2x2 pixels, and run it as a plain loop."""
+
+    def gradients(x, kernel):
+        return jax.grad(lambda x, kernel: jnp.sum(convolutions.convolve(x, kernel) ** 2), (0, 1))(x, kernel)
+
+    for side, few in ((2, True), (4, False)):
+        program = jax.jit(gradients).lower(jnp.ones((5, side, side, 4)), jnp.ones((3, 3, 4, 6))).compile().as_text()
+        assert (" convolution(" not in program) == few
 
 
 def test_other_platforms_keep_xlas_convolution():

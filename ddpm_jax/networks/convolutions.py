@@ -83,6 +83,22 @@ def direct(x, kernel, stride=1, padding=SAME):
     return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
+def windows_product(x, kernel, stride=1, padding=SAME):
+    """The convolution as one product of all windows of x with the kernel, for images of fewer pixels than the kernel.
+
+    XLA exchanges the two in such a convolution and then has no fast one on CPU (findings/xla-few-pixels.sh): a step of a
+    U-Net with a level of 2x2 pixels took 1.6 times as long (measured).
+    """
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((*pad, 0) for pad in padding), (0, 0, 0)])
+    sides = [(n - k) // stride + 1 for n, k in zip(x.shape[1:3], kernel.shape[:2], strict=True)]
+    rows, columns = (
+        [slice(i, i + stride * (n - 1) + 1, stride) for i in range(k)]
+        for n, k in zip(sides, kernel.shape[:2], strict=True)
+    )
+    windows = jnp.concatenate([x[:, row, column] for row in rows for column in columns], -1)
+    return lax.dot_general(windows, kernel.reshape(-1, kernel.shape[3]), (((3,), (0,)), ((), ())))
+
+
 def minimal_filtering(x, kernel):
     """The SAME convolution for even H, W (Winograd): F(2x2, 3x3) of Lavin & Gray 2016 (arXiv:1509.09308, section 4.1).
 
@@ -168,13 +184,22 @@ def _defer(y, other):
     return other + 0 * y[0, 0, 0, 0]
 
 
+def _few_pixels(sides, size):
+    return math.prod(sides) < math.prod(size)
+
+
 def _on_cpu(x, kernel, stride, padding, minimal):
-    return minimal_filtering(x, kernel) if minimal else direct(x, kernel, stride, padding)
+    if minimal:
+        return minimal_filtering(x, kernel)
+    form = windows_product if _few_pixels(x.shape[1:3], kernel.shape[:2]) else direct
+    return form(x, kernel, stride, padding)
 
 
 def _input_gradient_on_cpu(y, kernel, size, stride, padding, minimal):
     if minimal:
         return _transpose_x(minimal_filtering)(y, _defer(y, kernel), size)
+    if _few_pixels(size, kernel.shape[:2]):
+        return _transpose_x(partial(windows_product, stride=stride, padding=padding))(y, kernel, size)
     if stride == 2 and _splits_into_phases(size, kernel.shape[:2]):
         return _transpose_x(partial(_phases, padding=padding))(y, kernel, size)
     if stride == 2:
@@ -185,6 +210,8 @@ def _input_gradient_on_cpu(y, kernel, size, stride, padding, minimal):
 def _kernel_gradient_on_cpu(y, x, size, stride, padding, minimal):
     if minimal:
         return _transpose_kernel(minimal_filtering)(y, _defer(y, x), size)
+    if _few_pixels(x.shape[1:3], size):
+        return _transpose_kernel(partial(windows_product, stride=stride, padding=padding))(y, x, size)
     if stride == 2 and _splits_into_phases(x.shape[1:3], size):
         return _transpose_kernel(partial(_phases, padding=padding))(y, x, size)
     if stride == 2:
