@@ -86,8 +86,8 @@ def direct(x, kernel, stride=1, padding=SAME):
 def windows_product(x, kernel, stride=1, padding=SAME):
     """The convolution as one product of all windows of x with the kernel, for images of fewer pixels than the kernel.
 
-    XLA exchanges the two in such a convolution and then has no fast one on CPU (findings/xla-few-pixels.sh): a step of a
-    U-Net with a level of 2x2 pixels took 1.6 times as long (measured).
+    XLA exchanges the two in such a convolution and then has no fast one on CPU (findings/xla-few-pixels.sh). A step of
+    a U-Net with a level of 2x2 pixels took 1.6 times as long (measured).
     """
     x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((*pad, 0) for pad in padding), (0, 0, 0)])
     sides = [(n - k) // stride + 1 for n, k in zip(x.shape[1:3], kernel.shape[:2], strict=True)]
