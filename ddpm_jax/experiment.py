@@ -94,7 +94,7 @@ def _make_training(config, flip, time_sampling, init, loss):
         params = vectors.pack(params) if jax.default_backend() == "cpu" else params
         return training.init_state(params, optimizer, **options)
 
-    compiled = compile_quickly(make_state)
+    compiled = jit_unoptimized(make_state)
 
     def init_state(params=None):
         return compiled(keys.root(config.seed, "init"), params)
@@ -105,7 +105,7 @@ def _make_training(config, flip, time_sampling, init, loss):
     return learning_rate, init_state, train_step
 
 
-def compile_quickly(function):
+def jit_unoptimized(function):
     """jax.jit without optimisation on CPU, for what runs once: drawing parameters took 0.3 of the time (measured)."""
 
     def call(*args):

@@ -71,7 +71,7 @@ def _ensemble(parts, dataset):
     def step(state, batches, rollbacks=0):
         return train(state, batches, jnp.stack([_train_key(seed, rollbacks) for seed in seeds]))
 
-    draw_params = experiment.compile_quickly(jax.vmap(parts.init))
+    draw_params = experiment.jit_unoptimized(jax.vmap(parts.init))
 
     def init_states():
         return jax.vmap(parts.init_state)(draw_params(jnp.stack([keys.root(seed, "init") for seed in seeds])))

@@ -77,7 +77,7 @@ def test_moments_and_their_derivatives():
 def test_the_convolution_before_a_norm_is_that_of_flax():
     """The same random kernel and names; the bias is handed on."""
     image, key = IMAGE.repeat(4, -1), jax.random.key(3)
-    module, flax = unet.Convolution(6, jnp.float32), unet.convolution(6, jnp.float32)
+    module, flax = unet.ConvolutionAndBias(6, jnp.float32), unet.convolution(6, jnp.float32)
     params = module.init(key, image)
     jax.tree.map(np.testing.assert_array_equal, params, flax.init(key, image))
     bias = jnp.arange(6.0)
@@ -89,7 +89,7 @@ def test_the_convolution_before_a_norm_is_that_of_flax():
 
 def test_the_backward_pass_keeps_sums_and_products_alone():
     """No norm and no activation of the size of the image, among what a block hands to its gradient."""
-    block = unet.nn.remat(unet.ResBlock, policy=unet.keep_sums_and_products)(8, 4, 0.0, False, jnp.float32)
+    block = unet.nn.remat(unet.ResBlock, policy=unet.sums_and_products_saveable)(8, 4, 0.0, False, jnp.float32)
     plain = unet.ResBlock(8, 4, 0.0, False, jnp.float32)
     image, embedding = jnp.ones((8, 8, 8)), jnp.ones(4)
     params = plain.init(jax.random.key(0), image, embedding)

@@ -83,8 +83,8 @@ def direct(x, kernel, stride=1, padding=SAME):
     return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def windows_product(x, kernel, stride=1, padding=SAME):
-    """The convolution as one product of all windows of x with the kernel, for images of fewer pixels than the kernel.
+def im2col(x, kernel, stride=1, padding=SAME):
+    """The convolution as one product of all windows of x with the kernel; fast for fewer pixels than the kernel has.
 
     XLA exchanges the two in such a convolution and then has no fast one on CPU (findings/xla-few-pixels.sh). A step of
     a U-Net with a level of 2x2 pixels took 1.6 times as long (measured).
@@ -191,7 +191,7 @@ def _few_pixels(sides, size):
 def _on_cpu(x, kernel, stride, padding, minimal):
     if minimal:
         return minimal_filtering(x, kernel)
-    form = windows_product if _few_pixels(x.shape[1:3], kernel.shape[:2]) else direct
+    form = im2col if _few_pixels(x.shape[1:3], kernel.shape[:2]) else direct
     return form(x, kernel, stride, padding)
 
 
@@ -199,7 +199,7 @@ def _input_gradient_on_cpu(y, kernel, size, stride, padding, minimal):
     if minimal:
         return _transpose_x(minimal_filtering)(y, _defer(y, kernel), size)
     if _few_pixels(size, kernel.shape[:2]):
-        return _transpose_x(partial(windows_product, stride=stride, padding=padding))(y, kernel, size)
+        return _transpose_x(partial(im2col, stride=stride, padding=padding))(y, kernel, size)
     if stride == 2 and _splits_into_phases(size, kernel.shape[:2]):
         return _transpose_x(partial(_phases, padding=padding))(y, kernel, size)
     if stride == 2:
@@ -211,7 +211,7 @@ def _kernel_gradient_on_cpu(y, x, size, stride, padding, minimal):
     if minimal:
         return _transpose_kernel(minimal_filtering)(y, _defer(y, x), size)
     if _few_pixels(x.shape[1:3], size):
-        return _transpose_kernel(partial(windows_product, stride=stride, padding=padding))(y, x, size)
+        return _transpose_kernel(partial(im2col, stride=stride, padding=padding))(y, x, size)
     if stride == 2 and _splits_into_phases(x.shape[1:3], size):
         return _transpose_kernel(partial(_phases, padding=padding))(y, x, size)
     if stride == 2:

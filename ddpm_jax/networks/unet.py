@@ -46,8 +46,8 @@ def convolution(features, dtype, stride=1, zero=False, name=None, padding="SAME"
     )
 
 
-class Convolution(nn.Module):
-    """`convolution` without its bias, and that bias, for a following norm."""
+class ConvolutionAndBias(nn.Module):
+    """`convolution` as two results, for a following norm: without its bias, and the bias."""
 
     features: int
     dtype: jnp.dtype
@@ -121,10 +121,10 @@ class GroupNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         x = x.astype(jnp.float32)
         mean, variance = moments(x)
-        distance = mean + offset - mean_of_group(mean + offset)
-        factor = lax.rsqrt(mean_of_group(variance + distance**2) + self.epsilon) * scale
+        deviation = mean + offset - mean_of_group(mean + offset)
+        factor = lax.rsqrt(mean_of_group(variance + deviation**2) + self.epsilon) * scale
         # The barrier keeps the gradient's sum over pixels apart from that over images: XLA would add a pass for both.
-        return x * factor + lax.optimization_barrier(bias + (distance - mean) * factor)
+        return x * factor + lax.optimization_barrier(bias + (deviation - mean) * factor)
 
 
 def group_norm(groups, channels, name=None, block="the U-Net", epsilon=1e-6):
@@ -149,7 +149,7 @@ class ResBlock(nn.Module):
     @nn.compact
     def __call__(self, x, embedding):
         h = swish(group_norm(self.groups, x.shape[-1], "norm_1", self.name, self.epsilon)(x))
-        h, offset = Convolution(self.features, self.dtype, name="conv_1")(h)
+        h, offset = ConvolutionAndBias(self.features, self.dtype, name="conv_1")(h)
         embedding = dense(self.features * (1 + self.scale_shift), self.dtype, name="time")(swish(embedding))
         norm = group_norm(self.groups, self.features, "norm_2", self.name, self.epsilon)
         if self.scale_shift:
@@ -164,7 +164,7 @@ class ResBlock(nn.Module):
         return x + h
 
 
-def keep_sums_and_products(primitive, *_, **__):
+def sums_and_products_saveable(primitive, *_, **__):
     """What a residual block keeps for the backward pass, which computes its norms and activations once more.
 
     On CPU a step took 0.91 of the time so, with three quarters of the memory (measured): touching new memory is slower.
@@ -222,7 +222,7 @@ class UNet(nn.Module):
 
     @nn.compact
     def __call__(self, x, t, label):
-        make_block = nn.remat(ResBlock, policy=None if self.remat else keep_sums_and_products)
+        make_block = nn.remat(ResBlock, policy=None if self.remat else sums_and_products_saveable)
 
         def block(h, features, name):
             return make_block(
