@@ -41,6 +41,18 @@ def guided(net, scale, null, low=0.0, high=jnp.inf, channels=None):
     return guided_net
 
 
+def scaled_input(net, schedule, parameterization, channels):
+    """`net` that sees x_t, the first `channels` of its input, times parameterization.input_scale, if there is one."""
+    if parameterization.input_scale is None:
+        return net
+
+    def scaled(params, x_t, t, key=None, label=None):
+        factor = parameterization.input_scale(schedule.logsnr(t))
+        return net(params, x_t.at[..., :channels].multiply(factor), t, key, label)
+
+    return scaled
+
+
 def self_conditioning(net, schedule, parameterization):
     """A network of x_t (H, W, C) from one of (H, W, 2C): x_t concatenated with an estimate of x_0 (Chen et al. 2023).
 

@@ -98,6 +98,9 @@ class Diffusion(Section):
         1000, "number of diffusion steps; for a continuous schedule, the default number of sampling steps", at_least(1)
     )
     parameterization: str = option("eps", "what the network outputs, a name in ddpm_jax.diffusion.PARAMETERIZATIONS")
+    sigma_data: float = option(
+        0.5, "standard deviation of the data in [-1, 1], for the parameterization edm", above(0), finite
+    )
     weighting: str = option("simple", "loss weight as a function of time, a name in ddpm_jax.diffusion.WEIGHTINGS")
     variance: str = option(
         "fixedlarge", "variance of a reverse step, a name in ddpm_jax.diffusion.VARIANCES; learned uses the hybrid loss"

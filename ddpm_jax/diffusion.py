@@ -73,11 +73,12 @@ VARIANCES = {
 
 
 class Parameterization(NamedTuple):
-    """What the network's output means."""
+    """What the network's output means. `target` is linear in (x_0, eps) and `x_0` in (output, x_t)."""
 
     target: Callable  # (x_0, eps, logsnr) -> what the output should be
     x_0: Callable  # (output, x_t, logsnr) -> x_0_hat
-    eps_error: Callable  # (output - target, logsnr) -> eps_hat - eps, the error that L_simple squares
+    eps_error: Callable  # (output - target, logsnr) -> eps_hat - eps, which L_simple squares; ERRORS replace it
+    input_scale: Callable | None = None  # logsnr -> factor of x_t in the network's input: conditioning.scaled_input
 
 
 def _alpha(logsnr):
@@ -86,6 +87,38 @@ def _alpha(logsnr):
 
 def _sigma(logsnr):
     return alpha_sigma(logsnr)[1]
+
+
+def edm(sigma_data=0.5) -> Parameterization:
+    """EDM's preconditioning (Karras et al. 2022, table 1 and eq. 7) for data of standard deviation `sigma_data`.
+
+    x_0_hat = c_skip y + c_out F(c_in y), where F is the network, y = x_t / alpha and the noise level sigma / alpha.
+    With the standard deviation of x_t, d = sqrt(sigma^2 + sigma_data^2 alpha^2), this is
+
+        x_0_hat = sigma_data^2 alpha / d^2 x_t + sigma_data sigma / d F(x_t / d)
+
+    which is finite without signal and without noise. Input and target have a variance of 1 at all times; sigma_data = 1
+    is -v. The error in the output has EDM's weight, 1 / c_out^2. The time given to the network remains t instead of
+    c_noise = ln(sigma / alpha) / 4: it is a function of the noise level too, spread over the 1..1000 that the embedding
+    resolves.
+    """
+
+    def deviation(logsnr):
+        alpha, sigma = alpha_sigma(logsnr)
+        return jnp.sqrt(sigma**2 + (sigma_data * alpha) ** 2)
+
+    def target(x_0, eps, logsnr):
+        alpha, sigma = alpha_sigma(logsnr)
+        return (sigma * x_0 - sigma_data**2 * alpha * eps) / (sigma_data * deviation(logsnr))
+
+    def x_0(output, x_t, logsnr):
+        (alpha, sigma), d = alpha_sigma(logsnr), deviation(logsnr)
+        return sigma_data**2 * alpha / d**2 * x_t + sigma_data * sigma / d * output
+
+    def eps_error(error, logsnr):
+        return -sigma_data * _alpha(logsnr) / deviation(logsnr) * error
+
+    return Parameterization(target, x_0, eps_error, lambda logsnr: 1 / deviation(logsnr))
 
 
 PARAMETERIZATIONS = {
@@ -104,14 +137,45 @@ PARAMETERIZATIONS = {
         x_0=lambda output, x_t, logsnr: _alpha(logsnr) * x_t - _sigma(logsnr) * output,
         eps_error=lambda error, logsnr: _alpha(logsnr) * error,
     ),
+    "flow": Parameterization(  # the velocity of rectified flow, whose x_t is ours / (alpha + sigma): Liu et al. 2022
+        target=lambda x_0, eps, logsnr: eps - x_0,
+        x_0=lambda output, x_t, logsnr: (x_t - _sigma(logsnr) * output) / sum(alpha_sigma(logsnr)),
+        eps_error=lambda error, logsnr: _alpha(logsnr) / sum(alpha_sigma(logsnr)) * error,
+    ),
+    "edm": edm(),
 }
 
 
-# The space in which the error is measured. In eps, the loss of a denoiser does not depend on its parameterization. In
-# output space the loss is plain regression, which also trains times at which no signal is left.
+def make_parameterization(name, sigma_data=0.5) -> Parameterization:
+    """The entry `name` of PARAMETERIZATIONS; edm for data of standard deviation `sigma_data`."""
+    return edm(sigma_data) if name == "edm" else PARAMETERIZATIONS[name]
+
+
+def error_in(name):
+    """Parameterization -> the same one with the error measured in the output of the parameterization `name`.
+
+    Targets are linear in (x_0, eps), so the error in a target is the target of the errors in x_0 and eps.
+    """
+
+    def change(parameterization):
+        def error_in_target(error, logsnr):
+            x_0_error = parameterization.x_0(error, 0.0, logsnr)
+            return PARAMETERIZATIONS[name].target(x_0_error, parameterization.eps_error(error, logsnr), logsnr)
+
+        return parameterization._replace(eps_error=error_in_target)
+
+    return change
+
+
+# The space in which the error is measured. In a space other than the output, the loss of a denoiser does not depend on
+# its parameterization. In output space the loss is plain regression. Errors in eps train nothing where no signal is
+# left. The parameterization x_0 with an error in flow is the loss of JiT (Li & He 2025, arXiv:2511.13720).
 ERRORS = {
     "eps": lambda parameterization: parameterization,
     "output": lambda parameterization: parameterization._replace(eps_error=lambda error, logsnr: error),
+    "x_0": error_in("x_0"),
+    "v": error_in("v"),
+    "flow": error_in("flow"),
 }
 
 

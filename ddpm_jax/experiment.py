@@ -64,8 +64,8 @@ def make(config: Config, shape: Sequence[int], network: tuple[Callable, Callable
     init, net = network or unet.make_unet(
         shape, choices.variance == "learned", choices.self_conditioning, schedule.time_scale, **vars(config.model)
     )
-    parameterization = diffusion.PARAMETERIZATIONS[choices.parameterization]
-    image_net = net
+    parameterization = diffusion.make_parameterization(choices.parameterization, choices.sigma_data)
+    image_net = net = conditioning.scaled_input(net, schedule, parameterization, shape[-1])
     if choices.self_conditioning:
         image_net = conditioning.self_conditioning(net, schedule, parameterization)
     loss = _make_loss(config, schedule, parameterization, image_net)
@@ -130,9 +130,10 @@ def _check_names(config):
     ):
         if name not in table:
             raise ConfigError(f"{field}={name} is not one of {', '.join(table)}")
-    if choices.error == "output" and choices.weighting != "simple":
+    if choices.error != "eps" and choices.weighting != "simple":
         raise ConfigError(
-            f"diffusion.weighting={choices.weighting} weights the error in eps; use simple with diffusion.error=output"
+            f"diffusion.weighting={choices.weighting} weights the error in eps; "
+            f"use simple with diffusion.error={choices.error}"
         )
     if choices.variance == "learned" and choices.schedule in schedules.CURVES:
         raise ConfigError(f"diffusion.variance=learned needs a discrete schedule, {choices.schedule} is continuous")

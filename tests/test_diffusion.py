@@ -182,22 +182,25 @@ def test_distances_of_a_known_error(linear, name, distance):
             assert loss(x_0, jax.random.key(0), x_0, None, u) == pytest.approx(float(wanted(size)), rel=2e-3)
 
 
-FACTORS = {
-    "eps": lambda alpha, sigma: 1,
-    "x_0": lambda alpha, sigma: sigma / alpha,
-    "v": lambda alpha, sigma: 1 / alpha,
+FACTORS = {  # what an error of 1 in eps is in other terms; n = sigma / alpha is the noise beside x_0
+    "eps": lambda alpha, n: 1,
+    "x_0": lambda alpha, n: n,  # eq. 15
+    "v": lambda alpha, n: 1 / alpha,
+    "flow": lambda alpha, n: n / (n / (1 + n)),  # (x_0_hat - x_0) / (1 - t) of Li & He 2025, with 1 - t = n / (1 + n)
+    "edm": lambda alpha, n: n * np.sqrt((n**2 + 0.5**2) / (n * 0.5) ** 2),  # the weight of Karras et al. 2022, table 1
 }
 
 
+@pytest.mark.parametrize("error", diffusion.ERRORS)
 @pytest.mark.parametrize("name", diffusion.PARAMETERIZATIONS)
-def test_error_in_the_output_is_plain_regression(linear, name):
-    """|x_0_hat - x_0| = sigma / alpha |eps_hat - eps| (eq. 15), |v_hat - v| = |eps_hat - eps| / alpha."""
+def test_an_error_in_eps_as_other_spaces_measure_it(linear, name, error):
     x_0, size = jnp.linspace(-1, 1, 16).reshape(4, 4, 1), 0.4
-    way = diffusion.ERRORS["output"](diffusion.PARAMETERIZATIONS[name])
+    way = diffusion.ERRORS[error](diffusion.PARAMETERIZATIONS[name])
     loss = diffusion.make_loss(constant_error(linear, name, size), linear, way, diffusion.simple)
     bar = np.cumprod(1 - BETAS["linear"])
     for t in (50, 500, 900):
-        wanted = (size * FACTORS[name](np.sqrt(bar[t - 1]), np.sqrt(1 - bar[t - 1]))) ** 2
+        factor = FACTORS[name if error == "output" else error]
+        wanted = (size * factor(np.sqrt(bar[t - 1]), np.sqrt(1 / bar[t - 1] - 1))) ** 2
         assert loss(x_0, jax.random.key(0), x_0, None, (t - 0.5) / 1000) == pytest.approx(wanted, rel=2e-3)
 
 

@@ -236,6 +236,9 @@ def to_diffusers(parts):
         "diffusion.self_conditioning": diffusion.self_conditioning,
         f"diffusion.schedule={diffusion.schedule}, a continuous one": diffusion.schedule in schedules.CURVES,
         f"diffusion.base_resolution={diffusion.base_resolution}": diffusion.base_resolution,
+        f"diffusion.parameterization={diffusion.parameterization}": (
+            diffusion.parameterization not in PREDICTIONS.values()
+        ),
     }
     for what, applies in unsupported.items():
         if applies:
