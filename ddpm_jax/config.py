@@ -97,9 +97,8 @@ class Diffusion(Section):
     T: int = option(
         1000, "number of diffusion steps; for a continuous schedule, the default number of sampling steps", at_least(1)
     )
-    parameterization: str = option("eps", "what the network outputs, a name in ddpm_jax.diffusion.PARAMETERIZATIONS")
-    sigma_data: float = option(
-        0.5, "standard deviation of the data in [-1, 1], for the parameterization edm", above(0), finite
+    parameterization: str = option(
+        "eps", "what the network outputs, a name in ddpm_jax.diffusion.PARAMETERIZATIONS, or mean for that of x_{t-1}"
     )
     weighting: str = option("simple", "loss weight as a function of time, a name in ddpm_jax.diffusion.WEIGHTINGS")
     variance: str = option(
@@ -120,6 +119,29 @@ class Diffusion(Section):
     self_conditioning: bool = option(False, "feed the network its previous x_0_hat (Chen et al. 2023)")
     label_dropout: float = option(
         0.0, "fraction of labels dropped in training, for classifier-free guidance", at_least(0), below(1)
+    )
+    sigma_data: float = option(
+        0.5, "standard deviation of the data in [-1, 1], for the parameterization edm", above(0), finite
+    )
+    sigmoid_bias: float = option(
+        2.0, "the weighting sigmoid falls where the log-SNR is above this; smaller for larger images", finite
+    )
+    noise_levels: str = option(
+        "schedule",
+        "distribution of the noise levels in training: schedule for uniform t, or a name in "
+        "ddpm_jax.schedules.DISTRIBUTIONS",
+    )
+    logsnr_normal: tuple[float, ...] = option(
+        (), "mean,deviation of the log-SNR, instead of those of log_normal or logit_normal", all_of(finite)
+    )
+    importance_weights: bool = option(
+        False, "weight the loss by 1 / density of noise_levels, so that its mean is that of uniform t"
+    )
+    noises: int = option(
+        1, "noises per image and step, of which one is learned; more than one biases the loss", at_least(1)
+    )
+    noise_choice: str = option(
+        "nearest", "which of them: nearest to the image or easiest, a name in ddpm_jax.diffusion.NOISE_CHOICES"
     )
 
 

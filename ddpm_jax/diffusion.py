@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ddpm_jax.keys import named
 
@@ -146,9 +147,26 @@ PARAMETERIZATIONS = {
 }
 
 
-def make_parameterization(name, sigma_data=0.5) -> Parameterization:
-    """The entry `name` of PARAMETERIZATIONS; edm for data of standard deviation `sigma_data`."""
-    return edm(sigma_data) if name == "edm" else PARAMETERIZATIONS[name]
+def mean_of_previous(schedule) -> Parameterization:
+    """The mean of q(x_{t-1} | x_t, x_0), eq. 7: Ho et al. 2020, section 3.2 and table 2. For a DiscreteSchedule."""
+
+    def posterior_mean(x_0, x_t, logsnr):
+        return q_posterior(x_0, x_t, logsnr, schedule.logsnr(schedule.t_from_logsnr(logsnr) - 1))[0]
+
+    def x_0(output, x_t, logsnr):
+        return (output - posterior_mean(0.0, x_t, logsnr)) / posterior_mean(1.0, 0.0, logsnr)
+
+    return Parameterization(
+        target=lambda x_0, eps, logsnr: posterior_mean(x_0, q_sample(x_0, eps, logsnr), logsnr),
+        x_0=x_0,
+        eps_error=lambda error, logsnr: -jnp.exp(logsnr / 2) * x_0(error, 0.0, logsnr),
+    )
+
+
+def make_parameterization(name, schedule, sigma_data=0.5) -> Parameterization:
+    """The entry `name` of PARAMETERIZATIONS, edm for data of that standard deviation; or mean, of this schedule."""
+    made = {"edm": lambda: edm(sigma_data), "mean": lambda: mean_of_previous(schedule)}
+    return made[name]() if name in made else PARAMETERIZATIONS[name]
 
 
 def error_in(name):
@@ -199,7 +217,22 @@ def p2(schedule, t, k=1.0, gamma=1.0):
     return (k + jnp.exp(schedule.logsnr(t))) ** -gamma
 
 
-WEIGHTINGS = {"simple": simple, "vlb": vlb, "min_snr": min_snr, "p2": p2}  # (schedule, t) -> weight of the error
+def sigmoid(schedule, t, bias=2.0):
+    """Kingma & Gao 2023; SiD2 (Hoogeboom et al. 2024): sigmoid(bias - logsnr) times the bound's weight.
+
+    As a weight of the error in x_0 it is exp(bias) sigmoid(logsnr - bias) times -d logsnr / dt / 2. The loss does not
+    depend on the schedule between its ends. A larger bias includes levels with less noise.
+    """
+    return vlb(schedule, t) * jax.nn.sigmoid(bias - schedule.logsnr(t))
+
+
+WEIGHTINGS = {  # (schedule, t) -> weight of the error
+    "simple": simple,
+    "vlb": vlb,
+    "min_snr": min_snr,
+    "p2": p2,
+    "sigmoid": sigmoid,
+}
 
 
 def huber(error):
@@ -211,24 +244,34 @@ def huber(error):
 DISTANCES = {"l2": jnp.square, "l1": jnp.abs, "huber": huber}  # applied to each pixel's error
 
 
-def make_loss(net, schedule, parameterization, weight, distance=jnp.square, extra=lambda *_: 0.0) -> Callable:
-    """Algorithm 1, lines 2 to 5, for one image: loss(params, key, x_0, label=None, u=None) -> scalar.
+def make_loss(
+    net,
+    schedule,
+    parameterization,
+    weight,
+    distance=jnp.square,
+    extra=lambda *_: 0.0,
+    noise_levels=lambda u: (u, 1.0),
+) -> Callable:
+    """Algorithm 1, lines 2 to 5, for one image: loss(params, key, x_0, label=None, u=None, eps=None) -> scalar.
 
     net: (params, x_t, t, key, label) -> output; parameterization: an entry of PARAMETERIZATIONS; weight: an entry of
     WEIGHTINGS; distance: an entry of DISTANCES; extra(output, x_0, x_t, t) is added to the loss. x_0 is (H, W, C) in
-    [-1, 1]. u in [0, 1) determines t (schedule.t_from_u) and is drawn from `key` when not given. If the output has more
-    channels than the image, the first C are the prediction.
+    [-1, 1]. u in [0, 1) determines t (schedule.t_from_u) and is drawn from `key` when not given, as is eps;
+    noise_levels: from schedules.make_noise_levels. If the output has more channels than the image, the first C are the
+    prediction.
     """
 
-    def loss(params, key, x_0, label=None, u=None):
-        t = schedule.t_from_u(draw_u(key) if u is None else u)
+    def loss(params, key, x_0, label=None, u=None, eps=None):
+        v, level_weight = noise_levels(draw_u(key) if u is None else u)
+        t = schedule.t_from_u(v)
         logsnr = schedule.logsnr(t)
-        eps = jax.random.normal(named(key, "eps"), x_0.shape)
+        eps = jax.random.normal(named(key, "eps"), x_0.shape) if eps is None else eps
         x_t = q_sample(x_0, eps, logsnr)
         output = net(params, x_t, t, named(key, "dropout"), label)
         error = output[..., : x_0.shape[-1]] - parameterization.target(x_0, eps, logsnr)
         main = weight(schedule, t) * jnp.mean(distance(parameterization.eps_error(error, logsnr)))
-        return main + extra(output, x_0, x_t, t)
+        return level_weight * (main + extra(output, x_0, x_t, t))
 
     return loss
 
@@ -236,6 +279,33 @@ def make_loss(net, schedule, parameterization, weight, distance=jnp.square, extr
 def draw_u(key):
     """The uniform u in [0, 1) that determines t, for the image with this `key`."""
     return jax.random.uniform(named(key, "t"))
+
+
+def distance_to_image(loss, params, key, x_0, label, u, eps):
+    """The noise nearest to the image: immiscible diffusion by nearest neighbours (Li et al. 2025, arXiv:2505.18521)."""
+    return jnp.sum((eps - x_0) ** 2)
+
+
+def own_loss(loss, params, key, x_0, label, u, eps):
+    """The noise with the smallest loss (explorative modelling, arXiv:2607.27372); one more forward pass for each."""
+    return loss(lax.stop_gradient(params), key, x_0, label, u, eps)
+
+
+NOISE_CHOICES = {"nearest": distance_to_image, "easiest": own_loss}  # the noise with the smallest value is learned
+
+
+def choose_noise(loss, num, choice):
+    """`loss` of one of `num` noises of the image, chosen by an entry of NOISE_CHOICES.
+
+    The chosen noise is not standard normal, so the loss is smaller and its minimum is no longer E[x_0 | x_t].
+    """
+
+    def chosen(params, key, x_0, label=None, u=None):
+        noises = jax.random.normal(named(key, "eps"), (num, *x_0.shape))
+        values = jax.vmap(lambda eps: NOISE_CHOICES[choice](loss, params, key, x_0, label, u, eps))(noises)
+        return loss(params, key, x_0, label, u, noises[jnp.argmin(values)])
+
+    return chosen
 
 
 # Limits: functions that bring x_0_hat into the range of images.

@@ -6,6 +6,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,7 +65,7 @@ def make(config: Config, shape: Sequence[int], network: tuple[Callable, Callable
     init, net = network or unet.make_unet(
         shape, choices.variance == "learned", choices.self_conditioning, schedule.time_scale, **vars(config.model)
     )
-    parameterization = diffusion.make_parameterization(choices.parameterization, choices.sigma_data)
+    parameterization = diffusion.make_parameterization(choices.parameterization, schedule, choices.sigma_data)
     image_net = net = conditioning.scaled_input(net, schedule, parameterization, shape[-1])
     if choices.self_conditioning:
         image_net = conditioning.self_conditioning(net, schedule, parameterization)
@@ -77,10 +78,17 @@ def _make_loss(config, schedule, parameterization, net):
     choices, parameterization = config.diffusion, diffusion.ERRORS[config.diffusion.error](parameterization)
     if choices.label_dropout:
         net = conditioning.label_dropout(net, choices.label_dropout, config.model.num_classes)
-    options = {"distance": diffusion.DISTANCES[choices.distance]}
+    noise_levels = schedules.make_noise_levels(
+        choices.noise_levels, schedule, choices.logsnr_normal, choices.importance_weights
+    )
+    options = {"distance": diffusion.DISTANCES[choices.distance], "noise_levels": noise_levels}
     if choices.variance == "learned":
         options["extra"] = likelihood.make_variance_loss(schedule, parameterization)
-    return diffusion.make_loss(net, schedule, parameterization, diffusion.WEIGHTINGS[choices.weighting], **options)
+    weight = diffusion.WEIGHTINGS[choices.weighting]
+    if choices.weighting == "sigmoid":
+        weight = partial(weight, bias=choices.sigmoid_bias)
+    loss = diffusion.make_loss(net, schedule, parameterization, weight, **options)
+    return diffusion.choose_noise(loss, choices.noises, choices.noise_choice) if choices.noises > 1 else loss
 
 
 def _make_training(config, flip, time_sampling, init, loss):
@@ -119,12 +127,14 @@ def jit_unoptimized(function):
 def _check_names(config):
     choices = config.diffusion
     for table, name, field in (
-        (diffusion.PARAMETERIZATIONS, choices.parameterization, "diffusion.parameterization"),
+        ([*diffusion.PARAMETERIZATIONS, "mean"], choices.parameterization, "diffusion.parameterization"),
         (diffusion.WEIGHTINGS, choices.weighting, "diffusion.weighting"),
         (diffusion.VARIANCES, choices.variance, "diffusion.variance"),
         (diffusion.ERRORS, choices.error, "diffusion.error"),
         (diffusion.DISTANCES, choices.distance, "diffusion.distance"),
         (training.TIME_SAMPLINGS, choices.time_sampling, "diffusion.time_sampling"),
+        (diffusion.NOISE_CHOICES, choices.noise_choice, "diffusion.noise_choice"),
+        (["schedule", *schedules.DISTRIBUTIONS], choices.noise_levels, "diffusion.noise_levels"),
         (samplers.SAMPLERS, config.train.sampler, "train.sampler"),
         (samplers.SAMPLERS, config.train.evaluate_sampler, "train.evaluate_sampler"),
     ):
@@ -135,8 +145,18 @@ def _check_names(config):
             f"diffusion.weighting={choices.weighting} weights the error in eps; "
             f"use simple with diffusion.error={choices.error}"
         )
-    if choices.variance == "learned" and choices.schedule in schedules.CURVES:
-        raise ConfigError(f"diffusion.variance=learned needs a discrete schedule, {choices.schedule} is continuous")
+    for name, wanted in (("variance", "learned"), ("parameterization", "mean")):
+        if getattr(choices, name) == wanted and choices.schedule in schedules.CURVES:
+            raise ConfigError(f"diffusion.{name}={wanted} needs a discrete schedule, {choices.schedule} is continuous")
+    if (
+        choices.weighting in ("vlb", "sigmoid")
+        and choices.noise_levels != "schedule"
+        and not choices.importance_weights
+    ):
+        raise ConfigError(
+            f"diffusion.weighting={choices.weighting} is that of uniform t; "
+            f"with diffusion.noise_levels={choices.noise_levels} add diffusion.importance_weights=true"
+        )
     if choices.label_dropout and not config.model.num_classes:
         raise ConfigError(f"diffusion.label_dropout={choices.label_dropout}, but model.num_classes=0")
     for length in config.train.averages:

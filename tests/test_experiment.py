@@ -24,6 +24,18 @@ MISTAKES = {
     "a name": ({"distance": "l3"}, r"diffusion\.distance=l3 is not one of l2, l1, huber"),
     "weighted output": ({"weighting": "vlb", "error": "output"}, "vlb weights the error in eps"),
     "learned on a curve": ({"variance": "learned", "schedule": "vp"}, "vp is continuous"),
+    "weighted v": ({"weighting": "p2", "error": "v"}, "p2 weights the error in eps; use simple with diffusion.error=v"),
+    "a mean on a curve": ({"parameterization": "mean", "schedule": "vp"}, "mean needs a discrete schedule, vp is"),
+    "a parameterization": ({"parameterization": "x0"}, "x0 is not one of eps, x_0, v, flow, edm, mean"),
+    "levels": ({"noise_levels": "normal"}, "normal is not one of schedule, log_normal, logit_normal, cosine, uniform"),
+    "a normal of others": ({"noise_levels": "cosine", "logsnr_normal": (0.0, 1.0)}, "cosine is not normal"),
+    "half a normal": (
+        {"noise_levels": "log_normal", "logsnr_normal": (2.5,)},
+        r"logsnr_normal=2\.5 must be a mean and",
+    ),
+    "no deviation": ({"noise_levels": "log_normal", "logsnr_normal": (0.0, 0.0)}, "logsnr_normal=0,0 must be a mean"),
+    "the bound elsewhere": ({"weighting": "vlb", "noise_levels": "uniform"}, "add diffusion.importance_weights=true"),
+    "a noise": ({"noise_choice": "best"}, "best is not one of nearest, easiest"),
     "dropped labels": ({"label_dropout": 0.1}, r"model\.num_classes=0"),
     "eps of nothing": ({"zero_terminal_snr": True}, "leaves no signal at T"),
     "error in eps of nothing": (

@@ -134,15 +134,16 @@ def test_another_schedule_compiles_nothing_anew():
 
 
 def test_quadratic_constant_and_warm_up_betas_are_those_of_hos_code():
-    """diffusion_utils.py: quad, const and warmup10 with T = 1000, from 1e-4 to 0.02."""
+    """diffusion_utils.py: quad, const, warmup10 and warmup50 with T = 1000, from 1e-4 to 0.02."""
     found = schedules.quadratic_betas(1000)
     assert found[[0, -1]] == pytest.approx([1e-4, 0.02])
     np.testing.assert_allclose(np.diff(np.sqrt(found)), (np.sqrt(0.02) - 0.01) / 999, rtol=1e-9)
     assert set(schedules.constant_betas(1000)) == {0.02}
-    found = schedules.warm_up_betas(1000)
-    np.testing.assert_allclose(np.diff(found[:100]), (0.02 - 1e-4) / 99)
-    assert set(found[99:]) == {0.02}
-    assert len(found) == 1000
+    for name, rising in (("warm_up", 100), ("warm_up_50", 500)):
+        found, wanted = schedules.SCHEDULES[name](1000), np.full(1000, 0.02)
+        for i in range(rising):
+            wanted[i] = 1e-4 + (0.02 - 1e-4) * i / (rising - 1)
+        np.testing.assert_allclose(found, wanted, rtol=1e-12)
 
 
 def test_sigmoid_follows_its_closed_form():

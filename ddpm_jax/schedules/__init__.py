@@ -20,6 +20,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from ddpm_jax.errors import ConfigError
+from ddpm_jax.schedules.distributions import DISTRIBUTIONS, make_noise_levels  # noqa: F401
 from ddpm_jax.schedules.levels import (  # noqa: F401
     CURVES,
     SCHEDULES,
@@ -35,7 +36,7 @@ from ddpm_jax.schedules.levels import (  # noqa: F401
     warm_up_betas,
     zero_terminal,
 )
-from ddpm_jax.schedules.spacings import SPACINGS
+from ddpm_jax.schedules.spacings import LIMIT, SPACINGS
 
 
 def _space(table, n, spacing, maximum):
@@ -81,6 +82,15 @@ class DiscreteSchedule(NamedTuple):
         """The time in 1..T with the closest log-SNR."""
         levels = jnp.asarray(self.table)[1:]
         return 1 + jnp.argmin(jnp.abs(levels - logsnr))
+
+    def u_from_logsnr(self, logsnr):
+        """The u in [0, 1] of this log-SNR: t_from_u(u) is the time with the closest one, for u < 1.
+
+        It is linear between the borders of the times, midway between their log-SNRs.
+        """
+        levels = -jnp.clip(jnp.asarray(self.table)[1:], -LIMIT, LIMIT)
+        borders = jnp.concatenate([levels[:1], (levels[1:] + levels[:-1]) / 2, levels[-1:]])
+        return jnp.interp(-logsnr, borders, jnp.arange(self.T + 1) / self.T)
 
     def rate(self, t):
         """T (SNR_{t-1} / SNR_t - 1): twice the weight of the squared eps error in the bound (eq. 12), summed over t.
@@ -137,6 +147,10 @@ class ContinuousSchedule(NamedTuple):
         """The time in (0, 1] with this log-SNR, or the closest end of the interval."""
         table = self._table()[1:]
         return jnp.interp(-logsnr, -table, np.arange(1, len(table) + 1) / len(table))
+
+    def u_from_logsnr(self, logsnr):
+        """The u of this log-SNR: t_from_logsnr itself."""
+        return self.t_from_logsnr(logsnr)
 
     def rate(self, t):
         """-d logsnr / dt, the limit of the discrete rate for T -> infinity (Kingma et al. 2021, eq. 17)."""

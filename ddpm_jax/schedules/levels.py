@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +39,10 @@ def constant_betas(T: int = 1000, value=0.02, scale=True) -> np.ndarray:
 
 
 def warm_up_betas(T: int = 1000, start=1e-4, end=0.02, fraction=0.1, scale=True) -> np.ndarray:
-    """`warmup10` in Ho's code: linear over the first `fraction` of the times, then constant. NumPy float64 (T,)."""
+    """`warmup10` in Ho's code: linear over the first `fraction` of the times, then constant. NumPy float64 (T,).
+
+    A fraction of 0.5 is `warmup50`.
+    """
     factor, rising = 1000 / T if scale else 1.0, int(T * fraction)
     return np.concatenate([np.linspace(start, end, rising), np.full(T - rising, end)]) * factor
 
@@ -65,6 +69,7 @@ SCHEDULES: dict[str, Callable[[int], np.ndarray]] = {  # T -> betas
     "sigmoid": sigmoid_betas,
     "constant": constant_betas,
     "warm_up": warm_up_betas,
+    "warm_up_50": partial(warm_up_betas, fraction=0.5),
     "jsd": jsd_betas,
 }
 

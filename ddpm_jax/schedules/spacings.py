@@ -41,9 +41,12 @@ def karras(table, n, rho=7.0):
     return _at_levels(-2 * rho * np.log(np.linspace(*ends, n)), table)
 
 
+LIMIT = 20.0  # log-SNRs beyond it are as good as clean data and pure noise; without signal at T the last is infinite
+
+
 def _finite(table):
-    """The log-SNRs at 1..T, clipped to [-20, 20]: without signal at T the last one is infinite."""
-    return np.clip(np.asarray(table[1:], np.float64), -20, 20)
+    """The log-SNRs at 1..T, clipped to [-LIMIT, LIMIT]."""
+    return np.clip(np.asarray(table[1:], np.float64), -LIMIT, LIMIT)
 
 
 def _at_levels(levels, table):
