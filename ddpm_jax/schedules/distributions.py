@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.scipy.special import ndtr, ndtri
 
 from ddpm_jax.errors import ConfigError
@@ -28,7 +27,11 @@ class Distribution(NamedTuple):
 
 def normal(mean, spread) -> Distribution:
     """The log-SNR is normal with this mean and standard deviation."""
-    return Distribution(lambda x: ndtr((x + mean) / spread), lambda p: spread * ndtri(p) - mean)
+
+    def quantile(p):  # finite, also where rounding makes p 0 or 1
+        return spread * ndtri(jnp.clip(p, 2**-24, 1 - 2**-24)) - mean
+
+    return Distribution(lambda x: ndtr((x + mean) / spread), quantile)
 
 
 DISTRIBUTIONS = {
@@ -53,7 +56,7 @@ def make_noise_levels(name, schedule, logsnr_normal=(), importance_weights=False
     if name == "schedule":
         return lambda u: (u, 1.0)
     distribution = normal(*_checked(name, logsnr_normal)) if logsnr_normal else DISTRIBUTIONS[name]
-    ends = np.clip([-float(schedule.logsnr(t)) for t in (schedule.t_min, schedule.T)], -LIMIT, LIMIT)
+    ends = jnp.clip(-schedule.logsnr(jnp.array([schedule.t_min, schedule.T])), -LIMIT, LIMIT)
 
     def warp(u):
         low, high = distribution.cdf(ends)
