@@ -142,7 +142,7 @@ def make_train_step(
     loss: of one image, as made by diffusion.make_loss. batch: {"index": (b,), "image": uint8 (b, H, W, C), "label"?:
     (b,)}, the part of this device; root: the key of the stream "train"; scale: a factor on the learning rate.
     accumulate: the number of micro-batches, which saves memory; lengths: sigma_rel of the power-function averages.
-    Metrics are scalars: loss, its parts by quartile of t (loss_q1 + ... + loss_q4 = 4 loss), grad_norm, param_norm,
+    Metrics are scalars: loss, its parts by quartile of u (loss_q1 + ... + loss_q4 = 4 loss), grad_norm, param_norm,
     skipped, skipped_in_row. A non-finite gradient changes only the counters.
     """
 

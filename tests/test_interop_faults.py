@@ -259,6 +259,7 @@ EXPORT_REFUSALS = [
     ({"model": {"num_classes": 3}}, "model.num_classes=3: its DDPMPipeline gives no labels"),
     ({"self_conditioning": True}, "diffusion.self_conditioning"),
     ({"schedule": "cosine_logsnr"}, "diffusion.schedule=cosine_logsnr, a continuous one"),
+    ({"parameterization": "edm"}, "diffusion.parameterization=edm"),
     ({"base_resolution": 8}, "diffusion.base_resolution=8"),
     ({"model": {"multipliers": (2, 2)}}, "model.multipliers=2,2, whose first is not 1"),
     ({"model": {"multipliers": (1, 2), "num_heads": 2, "attention_resolutions": (4,)}}, "model.num_heads=2 where"),
