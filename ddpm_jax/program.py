@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import data, experiment, keys, parallel, training, vectors
+from ddpm_jax.config import decay_span
 from ddpm_jax.experiment import Experiment
 
 
@@ -29,14 +30,16 @@ def make(parts: Experiment, dataset: data.Dataset) -> Program:
 def _single(parts, dataset):
     """Data parallelism: every device has a copy of the state and its part of every batch."""
     config = parts.config.train
-    rows, mapped = parallel.local_rows(config.batch_size), parallel.pmap_step(training.scan_steps(parts.train_step))
+    rows, train = parallel.local_rows(config.batch_size), training.scan_steps(parts.train_step)
+    mapped = parallel.pmap_step(lambda state, batches, others: train(state, batches, *others))
+    span = _decay_span(config)
 
     def batches(steps, rollbacks=0):
         found = (data.batch(dataset, config.seed, step, config.batch_size, rows, rollbacks) for step in steps)
         return _stack(map(parallel.shard, found), 1)
 
     def step(state, batches, rollbacks=0):
-        return mapped(state, batches, _train_key(config.seed, rollbacks))
+        return mapped(state, batches, (_train_key(config.seed, rollbacks), *([1.0, *span] if span else [])))
 
     return Program(parts.init_state, _pack_first(parts.init_state, parallel.replicate), batches, step)
 
@@ -51,11 +54,12 @@ def _ensemble(parts, dataset):
     members = [experiment.member_config(parts.config, i).train for i in range(config.ensemble)]
     seeds = [member.seed for member in members]
     scales = np.float32([member.learning_rate for member in members]) / np.float32(config.learning_rate)
+    spans = [np.tile(span, (config.ensemble, 1)) for span in _decay_span(config)]
     train_members, place = parallel.shard_members(training.ensemble_steps(parts.train_step), config.ensemble)
 
     @partial(jax.jit, donate_argnums=0)
-    def train(state, batches, roots):
-        state, metrics = train_members(state, batches, roots, scales)
+    def train(state, batches, roots, *spans):
+        state, metrics = train_members(state, batches, roots, scales, *spans)
         losses = {f"loss_member_{i}": loss for i, loss in enumerate(metrics["loss"])}
         return state, losses | {
             name: jnp.mean(values, 0) if jnp.issubdtype(values.dtype, jnp.floating) else jnp.max(values, 0)
@@ -69,7 +73,7 @@ def _ensemble(parts, dataset):
         return _stack(map(member_batches, seeds))
 
     def step(state, batches, rollbacks=0):
-        return train(state, batches, jnp.stack([_train_key(seed, rollbacks) for seed in seeds]))
+        return train(state, batches, jnp.stack([_train_key(seed, rollbacks) for seed in seeds]), *spans)
 
     draw_params = experiment.jit_unoptimized(jax.vmap(parts.init))
 
@@ -106,6 +110,14 @@ def draw(parts: Experiment, params, num: int, seed=0, sampler="ddpm", steps=0, b
     """The first `num` images of a seed, uint8 (num, H, W, C), in `steps` steps (0: T). Other arguments: make_draw."""
     draw = make_draw(parts, sampler, steps or parts.config.diffusion.T, **options)
     return np.concatenate([batch[:, -1] for batch in draw(params, num, seed, batch_size=batch_size)])
+
+
+def _decay_span(config):
+    """[the span of updates over which the learning rate decays], empty if it is constant.
+
+    As an argument of the compiled step: another number of steps needs no compilation.
+    """
+    return [] if config.decay == "constant" else [np.float32(decay_span(config))]
 
 
 def _train_key(seed, rollbacks):
