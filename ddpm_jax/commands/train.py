@@ -93,7 +93,8 @@ def main(argv=None):
         )
         done = parallel.on_all_processes(lambda: run_folder.finished_step(workdir, config.steps, args.step))
         if done:
-            say(f"already finished at step {done:,}; for more, --config.train.steps={2 * done}")
+            more = f"; for more, --config.train.steps={2 * done}" if config.decay == "constant" else ""
+            say(f"already finished at step {done:,}{more}")
             return 0
         # From here on the run's folder is written.
         with parallel.on_all_processes(
@@ -132,7 +133,7 @@ def prepare(args, workdir, say):
     if args.step >= config.train.steps:
         raise errors.ConfigError(f"--step={args.step} must be less than train.steps={config.train.steps}")
     span(args)  # raises
-    run_folder.check(workdir, config, args.allow_change)
+    run_folder.check(workdir, config, args.allow_change, args.step)
     dataset = data.load(**vars(config.data))
     images = "x".join(map(str, dataset.images.shape[1:]))
     say(f"{config.data.source}: {len(dataset.images):,} images of {images}")

@@ -21,9 +21,10 @@ from ddpm_jax.run.files import lock, write_atomic
 LOCATION = ("data.source", "data.split")  # may change for pictures and arrays, whose fingerprint identifies them
 
 
-def check(workdir, config, allowed=()):
+def check(workdir, config, allowed=(), step=0):
     """Raise ConfigError for a folder with another experiment; fields in config.MAY_CHANGE and `allowed` may differ.
 
+    train.steps may not once the learning rate decays at the newest step, or at `step`, from which the run continues.
     The location of pictures or arrays may differ too: `resume` compares their fingerprint. If there is only step 0,
     which means imported parameters and no training yet, the sections data and train may differ as well.
     """
@@ -41,11 +42,16 @@ def check(workdir, config, allowed=()):
     old = configs.from_json(file.read_text(errors="replace"), str(file))
     movable = all(each.data.source.startswith(("folder:", "npz:")) for each in (old, config))
     may_differ = {*configs.MAY_CHANGE, *({*LOCATION} - {*allowed} if movable else ())}
+    decays_from = min(configs.decay_span(each.train)[0] for each in (old, config))
+    if config.train.decay != "constant" and (step or steps[-1]) > decays_from:
+        may_differ.remove("train.steps")
     changed = {
         name: f"{name} is {a!r} there, {b!r} here"
         for name, a, b in configs.differences(old, config)
         if name not in may_differ and not (only_imported and name.startswith(("data.", "train.")))
     }
+    if "train.steps" in changed:
+        changed["train.steps"] += f", and train.decay={config.train.decay} sets in at step {decays_from}"
     refused = {name: text for name, text in changed.items() if name not in allowed}
     if refused:
         raise ConfigError(
