@@ -98,7 +98,7 @@ DECAYS = {  # p, from 0 to 1 while the learning rate decays -> a factor on it
     "constant": lambda p: 1.0,
     "cosine": lambda p: 0.5 + 0.5 * jnp.cos(jnp.pi * p),  # Loshchilov & Hutter 2017, eq. 5
     "linear": lambda p: 1 - p,
-    "wsd": lambda p: 1 - jnp.sqrt(p),  # Haegele et al. 2024, eq. 1; only the last steps of the run decay
+    "wsd": lambda p: 1 - jnp.sqrt(p),  # Haegele et al. 2024; only the last steps of the run decay
 }
 
 
@@ -128,8 +128,8 @@ def adamw(learning_rate, b1=0.9, b2=0.999, weight_decay=0.01):
 def muon(learning_rate, b1=0.9, b2=0.999, weight_decay=0.0):
     """Muon (Jordan et al. 2024): the update of a hidden layer's kernel is its momentum, made orthogonal.
 
-    Its entries have a root mean square of 0.2 as Adam's have (Liu et al. 2025, eq. 4), so that one learning rate suits
-    both: all other parameters are those of Adam with Nesterov's momentum. Only Muon's decay.
+    Its root mean square is 0.2 of the learning rate, about that of Adam's (Liu et al. 2025), which updates all other
+    parameters, with Nesterov's momentum. Only the kernels of hidden layers decay.
     """
     optimizer = optax.contrib.muon(
         learning_rate,

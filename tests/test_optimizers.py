@@ -212,7 +212,7 @@ def test_a_run_continued_from_the_middle_of_the_decay_has_the_same_end(script, t
     assert logged_metrics(run)[-1]["learning_rate"] < 1e-4
     done = script(*command, f"--workdir={run}", "--config.train.steps=40")
     assert done.returncode == 2
-    assert "train.steps is 20 there, 40 here, and train.decay=" in done.stderr
+    assert "train.steps is 20 there, 40 here, and the learning rate decays" in done.stderr
     rates = ["--config.train.ensemble=2", "--config.train.learning_rates=2e-3,1e-3", f"--workdir={tmp_path / 'both'}"]
     done = script(*command, *rates, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
     assert done.returncode == 0, done.stderr

@@ -81,11 +81,24 @@ def test_the_steps_may_change_until_the_learning_rate_decays(begun):
     ):
         run_folder.record(folder, decaying(parts, decay=decay, steps=then))
         config = decaying(parts, decay=decay, steps=now)
-        refused = f"train.steps is {then} there, {now} here, and train.decay={decay} sets in at step"
+        refused = f"train.steps is {then} there, {now} here, and the learning rate decays from step"
         with contextlib.nullcontext() if fits else pytest.raises(ConfigError, match=refused):
             run_folder.check(folder, config, step=step)
         with contextlib.nullcontext() if fits else pytest.warns(UserWarning, match="continuing as another experiment"):
             run_folder.check(folder, config, ("train.steps",), step)
+
+
+def test_a_run_of_a_constant_learning_rate_may_end_by_a_decay(begun):
+    folder, parts, _ = begun
+    run_folder.record(folder, decaying(parts, steps=10))
+    for steps, fits in ((15, True), (11, False)):  # which decays from step 12 or 9 on
+        config = decaying(parts, decay="wsd", steps=steps, decay_fraction=0.2)
+        with (
+            pytest.warns(UserWarning, match="decay")
+            if fits
+            else pytest.raises(ConfigError, match=r"train\.steps is 10")
+        ):
+            run_folder.check(folder, config, ("train.decay",))
 
 
 def test_a_field_that_is_not_there_cannot_be_allowed(begun):

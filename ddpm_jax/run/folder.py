@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -42,8 +43,9 @@ def check(workdir, config, allowed=(), step=0):
     old = configs.from_json(file.read_text(errors="replace"), str(file))
     movable = all(each.data.source.startswith(("folder:", "npz:")) for each in (old, config))
     may_differ = {*configs.MAY_CHANGE, *({*LOCATION} - {*allowed} if movable else ())}
-    decays_from = min(configs.decay_span(each.train)[0] for each in (old, config))
-    if config.train.decay != "constant" and (step or steps[-1]) > decays_from:
+    decaying = [each.train for each in (old, config) if each.train.decay != "constant"]
+    decays_from = min((configs.decay_span(train)[0] for train in decaying), default=math.inf)
+    if (step or steps[-1]) > decays_from:
         may_differ.remove("train.steps")
     changed = {
         name: f"{name} is {a!r} there, {b!r} here"
@@ -51,7 +53,7 @@ def check(workdir, config, allowed=(), step=0):
         if name not in may_differ and not (only_imported and name.startswith(("data.", "train.")))
     }
     if "train.steps" in changed:
-        changed["train.steps"] += f", and train.decay={config.train.decay} sets in at step {decays_from}"
+        changed["train.steps"] += f", and the learning rate decays from step {decays_from} on"
     refused = {name: text for name, text in changed.items() if name not in allowed}
     if refused:
         raise ConfigError(
