@@ -123,6 +123,12 @@ class Diffusion(Section):
 @dataclasses.dataclass(frozen=True)
 class Train(Section):
     steps: int = option(800_000, "total number of optimiser steps", at_least(1))
+    minutes: float = option(
+        0.0,
+        "if not 0, replaces train.steps by the number that takes so long, measured before the first step and recorded",
+        at_least(0),
+        finite,
+    )
     batch_size: int = option(128, "images per step, over all devices", at_least(1))
     accumulate: int = option(1, "gradient accumulation: micro-batches per step on each device", at_least(1))
     optimizer: str = option("adam", "a name in ddpm_jax.training.OPTIMIZERS")
@@ -240,6 +246,7 @@ MAY_CHANGE = {
     "train.keep_every",
     "train.log_every",
     "train.max_skipped",
+    "train.minutes",
     "train.on_nan",
     "train.sample_every",
     "train.sample_num",

@@ -85,12 +85,15 @@ def _make_loss(config, schedule, parameterization, net):
 
 def _make_training(config, flip, time_sampling, init, loss):
     """(learning_rate, init_state, train_step) of the config's section train."""
-    warm_up, decay = training.warm_up(config.learning_rate, config.warmup_steps), training.DECAYS[config.decay]
     weight_decay = {"weight_decay": config.weight_decay} if config.weight_decay else {}
     optimizer = training.make_optimizer(
-        warm_up, config.grad_clip, config.optimizer, b1=config.b1, b2=config.b2, **weight_decay
+        training.warm_up(config.learning_rate, config.warmup_steps),
+        config.grad_clip,
+        config.optimizer,
+        b1=config.b1,
+        b2=config.b2,
+        **weight_decay,
     )
-    span = decay_span(config)
     options = {"time_sampling": training.TIME_SAMPLINGS[time_sampling], "lengths": config.averages}
 
     def make_state(key, params):  # a key made in here would be a constant, and XLA would draw while compiling
@@ -103,20 +106,31 @@ def _make_training(config, flip, time_sampling, init, loss):
     def init_state(params=None):
         return compiled(keys.root(config.seed, "init"), params)
 
-    def learning_rate(n):
-        return warm_up(n) * training.decay_factor(decay, n, span)
-
     train_step = training.make_train_step(
         loss,
         optimizer,
         config.ema_decay,
         flip=flip,
         accumulate=config.accumulate,
-        decay=decay,
-        span=span,
+        decay=training.DECAYS[config.decay],
+        span=decay_span(config),
         **options,
     )
-    return learning_rate, init_state, train_step
+    return _make_learning_rate(config), init_state, train_step
+
+
+def _make_learning_rate(config):
+    warm_up, decay = training.warm_up(config.learning_rate, config.warmup_steps), training.DECAYS[config.decay]
+    return lambda n: warm_up(n) * training.decay_factor(decay, n, decay_span(config))
+
+
+def with_steps(parts: Experiment, steps: int) -> Experiment:
+    """The Experiment for another number of steps, with the same functions: nothing is compiled again.
+
+    Its train_step needs the `span` of config.decay_span then, which program.Program passes.
+    """
+    config = replace(parts.config, {"train.steps": steps})
+    return parts._replace(config=config, learning_rate=_make_learning_rate(config.train))
 
 
 def jit_unoptimized(function):

@@ -1,5 +1,6 @@
 """The compiled programs of a run: training one model or an ensemble over all devices, and sampling."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -19,7 +20,7 @@ class Program(NamedTuple):
     init_state: Callable  # () -> state, on the host's default device
     place: Callable  # state -> state with the form, and the layout on the devices, that `step` returns
     batches: Callable  # (range of steps, rollbacks=0) -> batches for `step`, on the host
-    step: Callable  # (state, batches, rollbacks=0) -> state, metrics with a leading axis of steps
+    step: Callable  # (state, batches, rollbacks=0, steps=train.steps) -> state, metrics with a leading axis of steps
 
 
 def make(parts: Experiment, dataset: data.Dataset) -> Program:
@@ -32,14 +33,14 @@ def _single(parts, dataset):
     config = parts.config.train
     rows, train = parallel.local_rows(config.batch_size), training.scan_steps(parts.train_step)
     mapped = parallel.pmap_step(lambda state, batches, others: train(state, batches, *others))
-    span = _decay_span(config)
 
     def batches(steps, rollbacks=0):
         found = (data.batch(dataset, config.seed, step, config.batch_size, rows, rollbacks) for step in steps)
         return _stack(map(parallel.shard, found), 1)
 
-    def step(state, batches, rollbacks=0):
-        return mapped(state, batches, (_train_key(config.seed, rollbacks), *([1.0, *span] if span else [])))
+    def step(state, batches, rollbacks=0, steps=config.steps):
+        scale_and_span = [1.0, *spans] if (spans := _decay_spans(config, steps)) else []
+        return mapped(state, batches, (_train_key(config.seed, rollbacks), *scale_and_span))
 
     return Program(parts.init_state, _pack_first(parts.init_state, parallel.replicate), batches, step)
 
@@ -54,7 +55,6 @@ def _ensemble(parts, dataset):
     members = [experiment.member_config(parts.config, i).train for i in range(config.ensemble)]
     seeds = [member.seed for member in members]
     scales = np.float32([member.learning_rate for member in members]) / np.float32(config.learning_rate)
-    spans = [np.tile(span, (config.ensemble, 1)) for span in _decay_span(config)]
     train_members, place = parallel.shard_members(training.ensemble_steps(parts.train_step), config.ensemble)
 
     @partial(jax.jit, donate_argnums=0)
@@ -72,7 +72,8 @@ def _ensemble(parts, dataset):
 
         return _stack(map(member_batches, seeds))
 
-    def step(state, batches, rollbacks=0):
+    def step(state, batches, rollbacks=0, steps=config.steps):
+        spans = [np.tile(span, (config.ensemble, 1)) for span in _decay_spans(config, steps)]
         return train(state, batches, jnp.stack([_train_key(seed, rollbacks) for seed in seeds]), *spans)
 
     draw_params = experiment.jit_unoptimized(jax.vmap(parts.init))
@@ -112,12 +113,12 @@ def draw(parts: Experiment, params, num: int, seed=0, sampler="ddpm", steps=0, b
     return np.concatenate([batch[:, -1] for batch in draw(params, num, seed, batch_size=batch_size)])
 
 
-def _decay_span(config):
+def _decay_spans(config, steps):
     """[the span of updates over which the learning rate decays], empty if it is constant.
 
-    As an argument of the compiled step: another number of steps needs no compilation.
+    An argument of the compiled step, so that another number of steps needs no compilation.
     """
-    return [] if config.decay == "constant" else [np.float32(decay_span(config))]
+    return [] if config.decay == "constant" else [np.float32(decay_span(dataclasses.replace(config, steps=steps)))]
 
 
 def _train_key(seed, rollbacks):

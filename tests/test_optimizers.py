@@ -11,7 +11,7 @@ from conftest import SMALL, TINY, assert_same_end, logged_metrics
 from train_steps import ROOT, batch_of, one_parameter
 
 from ddpm_jax import config as configs
-from ddpm_jax import experiment, training, vectors
+from ddpm_jax import data, experiment, program, training, vectors
 from ddpm_jax.errors import ConfigError
 from ddpm_jax.networks import unet
 from ddpm_jax.run import trees
@@ -138,9 +138,11 @@ RATES = {  # of 1000 steps after 100 of warm-up, by hand
 }
 
 
-def made(**train):
+def made(network=None, **train):
     train = {"learning_rate": 2.0, "warmup_steps": 100, "steps": 1000} | train
-    return experiment.make(configs.Config(model=configs.Model(**TINY), train=configs.Train(**train)), (8, 8, 1))
+    return experiment.make(
+        configs.Config(model=configs.Model(**TINY), train=configs.Train(**train)), (8, 8, 1), network
+    )
 
 
 @pytest.mark.parametrize("decay", RATES)
@@ -173,6 +175,26 @@ def test_a_step_is_taken_at_the_decayed_rate(told):
         state, _ = mapped(state, batch, ROOT, *([1.0, jnp.float32(span)] if told else []))
         seen.append(float(state.params["w"]))
     np.testing.assert_allclose(-np.diff(seen), [1, 1, 1, 0.75, 0.5, 0.25, 0, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("ensemble", [1, 2])
+def test_another_number_of_steps_needs_no_other_program(compilations, ensemble):
+    """A program made for a million steps, told of 20, takes the steps of one made for 20."""
+    images = np.random.default_rng(0).integers(0, 256, (32, 8, 8, 1), np.uint8)
+    network = lambda key: {"w": jax.random.normal(key)}, lambda params, x_t, t, key, label: params["w"] * x_t
+    ends = []
+    for steps in (20, 10**6):
+        parts = made(steps=steps, warmup_steps=0, batch_size=16, decay="linear", ensemble=ensemble, network=network)
+        built = program.make(parts, data.Dataset(images, None))
+        state, losses = built.place(built.init_state()), []
+        for step in range(3):
+            with compilations() as count:
+                state, metrics = built.step(state, built.batches(range(step, step + 1)), steps=20)
+                losses.append(metrics["loss"])
+            assert not step or count() == 0
+        assert [float(experiment.with_steps(parts, 20).learning_rate(n)) for n in (0, 10)] == [2.0, 1.0]
+        ends.append(losses)
+    np.testing.assert_array_equal(*ends)
 
 
 MISTAKES = [

@@ -22,6 +22,28 @@ from ddpm_jax.run.files import lock, write_atomic
 LOCATION = ("data.source", "data.split")  # may change for pictures and arrays, whose fingerprint identifies them
 
 
+def recorded_steps(workdir, config):
+    """`config` with the number of steps that train.minutes was found to be when the run began; else as it is.
+
+    Raises ConfigError if the run began with other minutes, or with none.
+    """
+    minutes, file = config.train.minutes, workdir / "config.json"
+    if not minutes or is_new(workdir) or not file.exists():
+        return config
+    old = configs.from_json(file.read_text(errors="replace"), str(file)).train
+    if old.minutes != minutes:
+        raise ConfigError(
+            f"{workdir} holds a run of {old.steps:,} steps, not one of train.minutes={minutes:g}; to continue it give "
+            "a number of steps, --config.train.minutes=0 --config.train.steps=N"
+        )
+    return configs.replace(config, {"train.steps": old.steps})
+
+
+def is_new(workdir):
+    """Whether the folder has no checkpoint of a training step (step 0 has imported parameters)."""
+    return not any(checkpoint.steps(workdir / "checkpoints"))
+
+
 def check(workdir, config, allowed=(), step=0):
     """Raise ConfigError for a folder with another experiment; fields in config.MAY_CHANGE and `allowed` may differ.
 
