@@ -227,7 +227,7 @@ class Config:
 
 def decay_span(train: Train) -> tuple[int, int]:
     """(first, last) step between which the learning rate decays."""
-    stable = round((1 - train.decay_fraction) * train.steps) if train.decay == "wsd" else 0
+    stable = min(round((1 - train.decay_fraction) * train.steps), train.steps - 1) if train.decay == "wsd" else 0
     return max(train.warmup_steps, stable), train.steps
 
 

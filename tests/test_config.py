@@ -117,6 +117,7 @@ ODD = Config(
     ),
     train=Train(
         1,
+        2.5,
         1,
         2,
         "adamw",
