@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import time
+import warnings
 
 import jax
 
@@ -22,10 +23,14 @@ def choose_steps(program, config, began, say):
     total = 60 * config.minutes
     compilation, single, seconds = _measure(program, config, at_most=min(total / 50, 10))
     step = seconds / config.steps_per_call
-    remaining = total - (time.monotonic() - began)
+    used = time.monotonic() - began
     # The sampler is not compiled yet. It takes about half the time of the step, as it has no backward pass.
-    (steps,) = _first([fitting_steps(config, remaining, step, max(0, compilation - single) / 2)])
+    (steps,) = _first([fitting_steps(config, total - used, step, max(0, compilation - single) / 2)])
     say(f"{config.minutes:g} minutes: {steps:,} steps of {step:.2g} s")
+    if used > total and parallel.is_first():
+        warnings.warn(
+            f"train.minutes={config.minutes:g} are over already, after compiling for {compilation:.0f} s", stacklevel=2
+        )
     return steps
 
 

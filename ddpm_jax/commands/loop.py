@@ -38,7 +38,8 @@ def train(args, span, parts, dataset, fingerprint, workdir, stop_requested, say,
     """
     config, made = parts.config.train, program.make(parts, dataset)
     with signals.watchdog(config.watchdog, config.watchdog_abort) as keep_alive:
-        if config.minutes and run_folder.is_new(workdir):
+        measured = config.minutes and run_folder.is_new(workdir)
+        if measured:
             say("compiling the training step and measuring its speed")
             parts = experiment.with_steps(parts, budget.choose_steps(made, config, began, say))
         meta = {"config": dataclasses.asdict(parts.config), "shape": parts.shape, "classes": parts.classes}
@@ -48,7 +49,8 @@ def train(args, span, parts, dataset, fingerprint, workdir, stop_requested, say,
         run = Run(args, span, parts, made, workdir, meta, stop_requested, keep_alive, write_grid, evaluate, say)
         start = recovery.start(run, args.step or None)
         parallel.on_all_processes(lambda: parallel.is_first() and run_folder.record(workdir, parts.config, argv))
-        say("compiling the training step")
+        if not measured:
+            say("compiling the training step")
         while True:
             try:
                 return take_steps(run, start)
