@@ -148,10 +148,28 @@ class Diffusion(Section):
 @dataclasses.dataclass(frozen=True)
 class Train(Section):
     steps: int = option(800_000, "total number of optimiser steps", at_least(1))
+    minutes: float = option(
+        0.0,
+        "if not 0, replaces train.steps by the number that takes so long, measured before the first step and recorded",
+        at_least(0),
+        finite,
+    )
     batch_size: int = option(128, "images per step, over all devices", at_least(1))
     accumulate: int = option(1, "gradient accumulation: micro-batches per step on each device", at_least(1))
-    learning_rate: float = option(2e-4, "learning rate of Adam after the warm-up", above(0), finite)
+    optimizer: str = option("adam", "a name in ddpm_jax.training.OPTIMIZERS")
+    learning_rate: float = option(2e-4, "learning rate after the warm-up", above(0), finite)
     warmup_steps: int = option(5000, "steps over which the learning rate grows from 0", at_least(0))
+    decay: str = option(
+        "constant", "how the learning rate falls to 0 at train.steps, a name in ddpm_jax.training.DECAYS"
+    )
+    decay_fraction: float = option(
+        0.2, "fraction of the steps over which wsd decays", above(0), ("at most 1", lambda v: v <= 1)
+    )
+    b1: float = option(0.9, "Adam's decay of the mean of the gradient", at_least(0), below(1))
+    b2: float = option(0.999, "Adam's decay of the mean of its square", at_least(0), below(1))
+    weight_decay: float = option(
+        0.0, "with adamw and muon, the part of a kernel lost per step, as a multiple of the rate", at_least(0), finite
+    )
     grad_clip: float = option(1.0, "maximum global norm of the gradient; inf for no limit", above(0))
     ema_decay: float = option(0.9999, "decay of the EMA of the parameters after its warm-up", at_least(0), below(1))
     averages: tuple[float, ...] = option(
@@ -225,6 +243,17 @@ class Config:
             steps, divisor = getattr(train, name), getattr(train, divisor_name)
             if steps % divisor:
                 raise ConfigError(f"train.{name}={steps} must be a multiple of train.{divisor_name}={divisor}")
+        start, end = decay_span(train)
+        if train.decay != "constant" and start >= end:
+            raise ConfigError(
+                f"train.decay={train.decay} needs train.warmup_steps={train.warmup_steps} below train.steps={end}"
+            )
+
+
+def decay_span(train: Train) -> tuple[int, int]:
+    """(first, last) step between which the learning rate decays."""
+    stable = min(round((1 - train.decay_fraction) * train.steps), train.steps - 1) if train.decay == "wsd" else 0
+    return max(train.warmup_steps, stable), train.steps
 
 
 # What may change when a run resumes: its length and how often something is written, but not what is computed.
@@ -242,6 +271,7 @@ MAY_CHANGE = {
     "train.keep_every",
     "train.log_every",
     "train.max_skipped",
+    "train.minutes",
     "train.on_nan",
     "train.sample_every",
     "train.sample_num",

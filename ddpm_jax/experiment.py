@@ -25,7 +25,7 @@ from ddpm_jax import (
     training,
     vectors,
 )
-from ddpm_jax.config import Config, from_json
+from ddpm_jax.config import Config, decay_span, from_json
 from ddpm_jax.errors import CheckpointError, ConfigError
 from ddpm_jax.networks import unet
 from ddpm_jax.options import replace
@@ -45,7 +45,7 @@ class Experiment(NamedTuple):
     loss: Callable  # of one image, from diffusion.make_loss
     learning_rate: Callable  # number of previous updates -> learning rate
     init_state: Callable  # (params=None) -> TrainState, by default with random parameters; on CPU of vectors.Vectors
-    train_step: Callable  # (state, batch, root, scale=1.0) -> state, metrics; not yet mapped over devices
+    train_step: Callable  # (state, batch, root, scale, span) -> state, metrics; see training.make_train_step
     classes: tuple[str, ...] | None = None  # names of the labels 0, 1, ...; None if unknown
     data: str | None = None  # fingerprint of the training data; None if unknown
 
@@ -93,8 +93,15 @@ def _make_loss(config, schedule, parameterization, net):
 
 def _make_training(config, flip, time_sampling, init, loss):
     """(learning_rate, init_state, train_step) of the config's section train."""
-    learning_rate = training.warm_up(config.learning_rate, config.warmup_steps)
-    optimizer = training.make_optimizer(learning_rate, config.grad_clip)
+    weight_decay = {"weight_decay": config.weight_decay} if config.weight_decay else {}
+    optimizer = training.make_optimizer(
+        training.warm_up(config.learning_rate, config.warmup_steps),
+        config.grad_clip,
+        config.optimizer,
+        b1=config.b1,
+        b2=config.b2,
+        **weight_decay,
+    )
     options = {"time_sampling": training.TIME_SAMPLINGS[time_sampling], "lengths": config.averages}
 
     def make_state(key, params):  # a key made in here would be a constant, and XLA would draw while compiling
@@ -108,9 +115,30 @@ def _make_training(config, flip, time_sampling, init, loss):
         return compiled(keys.root(config.seed, "init"), params)
 
     train_step = training.make_train_step(
-        loss, optimizer, config.ema_decay, flip=flip, accumulate=config.accumulate, **options
+        loss,
+        optimizer,
+        config.ema_decay,
+        flip=flip,
+        accumulate=config.accumulate,
+        decay=training.DECAYS[config.decay],
+        span=decay_span(config),
+        **options,
     )
-    return learning_rate, init_state, train_step
+    return _make_learning_rate(config), init_state, train_step
+
+
+def _make_learning_rate(config):
+    warm_up, decay = training.warm_up(config.learning_rate, config.warmup_steps), training.DECAYS[config.decay]
+    return lambda n: warm_up(n) * training.decay_factor(decay, n, decay_span(config))
+
+
+def with_steps(parts: Experiment, steps: int) -> Experiment:
+    """The Experiment for another number of steps, with the same functions: nothing is compiled again.
+
+    Its train_step needs the `span` of config.decay_span then, which program.Program passes.
+    """
+    config = replace(parts.config, {"train.steps": steps})
+    return parts._replace(config=config, learning_rate=_make_learning_rate(config.train))
 
 
 def jit_unoptimized(function):
@@ -135,6 +163,8 @@ def _check_names(config):
         (training.TIME_SAMPLINGS, choices.time_sampling, "diffusion.time_sampling"),
         (diffusion.NOISE_CHOICES, choices.noise_choice, "diffusion.noise_choice"),
         (["schedule", *schedules.DISTRIBUTIONS], choices.noise_levels, "diffusion.noise_levels"),
+        (training.OPTIMIZERS, config.train.optimizer, "train.optimizer"),
+        (training.DECAYS, config.train.decay, "train.decay"),
         (samplers.SAMPLERS, config.train.sampler, "train.sampler"),
         (samplers.SAMPLERS, config.train.evaluate_sampler, "train.evaluate_sampler"),
     ):
@@ -159,6 +189,10 @@ def _check_names(config):
         )
     if choices.label_dropout and not config.model.num_classes:
         raise ConfigError(f"diffusion.label_dropout={choices.label_dropout}, but model.num_classes=0")
+    if config.train.weight_decay and config.train.optimizer == "adam":
+        raise ConfigError(f"train.weight_decay={config.train.weight_decay} needs train.optimizer=adamw or muon")
+    if config.train.optimizer == "adamw" and not config.train.weight_decay:
+        raise ConfigError("train.optimizer=adamw needs train.weight_decay above 0, such as 0.01; without it it is adam")
     for length in config.train.averages:
         averages.gamma(length)
 

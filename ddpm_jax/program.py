@@ -1,5 +1,6 @@
 """The compiled programs of a run: training one model or an ensemble over all devices, and sampling."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import data, experiment, keys, parallel, training, vectors
+from ddpm_jax.config import decay_span
 from ddpm_jax.experiment import Experiment
 
 
@@ -18,7 +20,7 @@ class Program(NamedTuple):
     init_state: Callable  # () -> state, on the host's default device
     place: Callable  # state -> state with the form, and the layout on the devices, that `step` returns
     batches: Callable  # (range of steps, rollbacks=0) -> batches for `step`, on the host
-    step: Callable  # (state, batches, rollbacks=0) -> state, metrics with a leading axis of steps
+    step: Callable  # (state, batches, rollbacks=0, steps=train.steps) -> state, metrics with a leading axis of steps
 
 
 def make(parts: Experiment, dataset: data.Dataset) -> Program:
@@ -29,14 +31,16 @@ def make(parts: Experiment, dataset: data.Dataset) -> Program:
 def _single(parts, dataset):
     """Data parallelism: every device has a copy of the state and its part of every batch."""
     config = parts.config.train
-    rows, mapped = parallel.local_rows(config.batch_size), parallel.pmap_step(training.scan_steps(parts.train_step))
+    rows, train = parallel.local_rows(config.batch_size), training.scan_steps(parts.train_step)
+    mapped = parallel.pmap_step(lambda state, batches, others: train(state, batches, *others))
 
     def batches(steps, rollbacks=0):
         found = (data.batch(dataset, config.seed, step, config.batch_size, rows, rollbacks) for step in steps)
         return _stack(map(parallel.shard, found), 1)
 
-    def step(state, batches, rollbacks=0):
-        return mapped(state, batches, _train_key(config.seed, rollbacks))
+    def step(state, batches, rollbacks=0, steps=config.steps):
+        scale_and_span = [1.0, *spans] if (spans := _decay_spans(config, steps)) else []
+        return mapped(state, batches, (_train_key(config.seed, rollbacks), *scale_and_span))
 
     return Program(parts.init_state, _pack_first(parts.init_state, parallel.replicate), batches, step)
 
@@ -54,8 +58,8 @@ def _ensemble(parts, dataset):
     train_members, place = parallel.shard_members(training.ensemble_steps(parts.train_step), config.ensemble)
 
     @partial(jax.jit, donate_argnums=0)
-    def train(state, batches, roots):
-        state, metrics = train_members(state, batches, roots, scales)
+    def train(state, batches, roots, *spans):
+        state, metrics = train_members(state, batches, roots, scales, *spans)
         losses = {f"loss_member_{i}": loss for i, loss in enumerate(metrics["loss"])}
         return state, losses | {
             name: jnp.mean(values, 0) if jnp.issubdtype(values.dtype, jnp.floating) else jnp.max(values, 0)
@@ -68,8 +72,9 @@ def _ensemble(parts, dataset):
 
         return _stack(map(member_batches, seeds))
 
-    def step(state, batches, rollbacks=0):
-        return train(state, batches, jnp.stack([_train_key(seed, rollbacks) for seed in seeds]))
+    def step(state, batches, rollbacks=0, steps=config.steps):
+        spans = [np.tile(span, (config.ensemble, 1)) for span in _decay_spans(config, steps)]
+        return train(state, batches, jnp.stack([_train_key(seed, rollbacks) for seed in seeds]), *spans)
 
     draw_params = experiment.jit_unoptimized(jax.vmap(parts.init))
 
@@ -106,6 +111,14 @@ def draw(parts: Experiment, params, num: int, seed=0, sampler="ddpm", steps=0, b
     """The first `num` images of a seed, uint8 (num, H, W, C), in `steps` steps (0: T). Other arguments: make_draw."""
     draw = make_draw(parts, sampler, steps or parts.config.diffusion.T, **options)
     return np.concatenate([batch[:, -1] for batch in draw(params, num, seed, batch_size=batch_size)])
+
+
+def _decay_spans(config, steps):
+    """[the span of updates over which the learning rate decays], empty if it is constant.
+
+    An argument of the compiled step, so that another number of steps needs no compilation.
+    """
+    return [] if config.decay == "constant" else [np.float32(decay_span(dataclasses.replace(config, steps=steps)))]
 
 
 def _train_key(seed, rollbacks):

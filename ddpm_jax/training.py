@@ -94,9 +94,90 @@ def warm_up(learning_rate, steps):
     return optax.linear_schedule(0.0, learning_rate, steps) if steps else optax.constant_schedule(learning_rate)
 
 
-def make_optimizer(learning_rate, grad_clip):
-    """Adam (Ho et al. 2020, appendix B) on gradients clipped to the global norm `grad_clip`."""
-    return optax.chain(_clip_by_global_norm(grad_clip), optax.adam(learning_rate))
+DECAYS = {  # p, from 0 to 1 while the learning rate decays -> a factor on it
+    "constant": lambda p: 1.0,
+    "cosine": lambda p: 0.5 + 0.5 * jnp.cos(jnp.pi * p),  # Loshchilov & Hutter 2017, eq. 5
+    "linear": lambda p: 1 - p,
+    "wsd": lambda p: 1 - jnp.sqrt(p),  # Haegele et al. 2024; only the last steps of the run decay
+}
+
+
+def decay_factor(decay, n, span):
+    """The factor of an entry of DECAYS on the learning rate of update n = 0, 1, ...; span: where it starts and ends."""
+    start, end = span
+    return decay(jnp.clip((n - start) / (end - start), 0, 1))
+
+
+def adamw(learning_rate, b1=0.9, b2=0.999, weight_decay=0.01):
+    """Adam, and a step towards 0 by learning_rate * weight_decay of each kernel (Loshchilov & Hutter 2019).
+
+    Norms, biases and embeddings, which are not named kernel, do not decay.
+    """
+
+    def decayed(path, leaf):
+        return weight_decay * leaf if _is_kernel(path) else jnp.zeros_like(leaf)
+
+    def update(updates, state, params=None):
+        decay = jax.tree_util.tree_map_with_path(decayed, vectors.unpack(params))
+        return jax.tree.map(jnp.add, updates, vectors.pack_like(params, decay)), state
+
+    decay_kernels = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.chain(optax.scale_by_adam(b1, b2), decay_kernels, optax.scale_by_learning_rate(learning_rate))
+
+
+def muon(learning_rate, b1=0.9, b2=0.999, weight_decay=0.0):
+    """Muon (Jordan et al. 2024): the update of a hidden layer's kernel is its momentum, made orthogonal.
+
+    Its root mean square is 0.2 of the learning rate, about that of Adam's (Liu et al. 2025), which updates all other
+    parameters, with Nesterov's momentum. Only the kernels of hidden layers decay.
+    """
+    optimizer = optax.contrib.muon(
+        learning_rate,
+        weight_decay=weight_decay,
+        adam_b1=b1,
+        adam_b2=b2,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=matrices,
+    )
+
+    def update(updates, state, params=None):  # a Vector has lost the shapes of its arrays
+        new, state = optimizer.update(vectors.unpack(updates), state, vectors.unpack(params))
+        return vectors.pack_like(params, new), state
+
+    return optax.GradientTransformation(lambda params: optimizer.init(vectors.unpack(params)), update)
+
+
+FIRST_AND_LAST = {"conv_in", "time_1", "label", "conv_out"}  # layers of a network that are not hidden
+
+
+def matrices(params):
+    """The tree of Muon's parameters, each with the axes of its inputs and outputs; None in place of the others.
+
+    These are the kernels of hidden layers: (in, out), or (height, width, in, out) of a convolution, which is the matrix
+    (height width in, out). Further axes at the front count matrices, as of layers in a scan.
+    """
+
+    def axes(path, leaf):
+        if not _is_kernel(path) or FIRST_AND_LAST & {getattr(entry, "key", None) for entry in path}:
+            return None
+        return optax.contrib.MuonDimensionNumbers((-4, -3, -2) if leaf.ndim >= 4 else (-2,), (-1,))
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def _is_kernel(path):
+    return bool(path) and getattr(path[-1], "key", None) == "kernel"
+
+
+OPTIMIZERS = {"adam": optax.adam, "adamw": adamw, "muon": muon}
+
+
+def make_optimizer(learning_rate, grad_clip, name="adam", **options):
+    """An entry of OPTIMIZERS on gradients clipped to the global norm `grad_clip`.
+
+    By default Adam (Kingma & Ba 2015), as in Ho et al. 2020, appendix B.
+    """
+    return optax.chain(_clip_by_global_norm(grad_clip), OPTIMIZERS[name](learning_rate, **options))
 
 
 def _clip_by_global_norm(max_norm):
@@ -136,12 +217,15 @@ def make_train_step(
     accumulate=1,
     time_sampling=TIME_SAMPLINGS["uniform"],
     lengths=(),
+    decay=DECAYS["constant"],
+    span=(0, 1),
 ):
-    """train_step(state, batch, root, scale=1.0) -> state, metrics, to be mapped over devices along `axis`.
+    """train_step(state, batch, root, scale=1.0, span=span) -> state, metrics, to be mapped over devices along `axis`.
 
     loss: of one image, as made by diffusion.make_loss. batch: {"index": (b,), "image": uint8 (b, H, W, C), "label"?:
     (b,)}, the part of this device; root: the key of the stream "train"; scale: a factor on the learning rate.
-    accumulate: the number of micro-batches, which saves memory; lengths: sigma_rel of the power-function averages.
+    accumulate: the number of micro-batches, which saves memory; lengths: sigma_rel of the power-function averages;
+    decay: of the learning rate, an entry of DECAYS, between the updates of `span`.
     Metrics are scalars: loss, its parts by quartile of u (loss_q1 + ... + loss_q4 = 4 loss), grad_norm, param_norm,
     skipped, skipped_in_row. A non-finite gradient changes only the counters.
     """
@@ -149,7 +233,7 @@ def make_train_step(
     gammas = [averages.gamma(length) for length in lengths]
     loss_and_grad = _make_loss_and_grad(loss, flip, time_sampling)
 
-    def train_step(state, batch, root, scale=1.0):
+    def train_step(state, batch, root, scale=1.0, span=span):
         key = jax.random.fold_in(root, state.step)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index"])
         rows = len(batch["index"])
@@ -163,7 +247,8 @@ def make_train_step(
         def update(state):
             n = state.step - state.skipped
             updates, opt_state = optimizer.update(grad, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, jax.tree.map(lambda x: scale * x, updates))
+            factor = scale * decay_factor(decay, n, span)
+            params = optax.apply_updates(state.params, jax.tree.map(lambda x: factor * x, updates))
             ema_params = optax.incremental_update(params, state.ema_params, ema_rate(ema_decay, n))
             power_averages = tuple(
                 optax.incremental_update(params, average, averages.update_rate(gamma, n + 1))

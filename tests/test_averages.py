@@ -10,7 +10,7 @@ import optax
 import pytest
 from scipy import integrate
 
-from ddpm_jax import averages, experiment
+from ddpm_jax import averages, experiment, training
 from ddpm_jax.errors import CheckpointError, ConfigError
 from ddpm_jax.run import snapshots
 
@@ -31,6 +31,16 @@ def quad(function, end, *breaks):
 @pytest.mark.parametrize(("length", "exponent"), [(0.05, 16.97), (0.10, 6.94)])
 def test_the_published_exponents(length, exponent):
     assert averages.gamma(length) == pytest.approx(exponent, abs=0.005)
+
+
+def test_the_warm_up_of_the_ema_is_an_average_of_relative_length():
+    """Of gamma = 8: a share of 9 / (10 + n) at each update, which a decay near 1 never ends."""
+    rates = np.array([training.ema_rate(0.999999, n) for n in range(2000)], float)
+    weights = rates * np.append(np.cumprod((1 - rates)[:0:-1])[::-1], 1)
+    steps = np.arange(2000) + 1
+    spread = np.sqrt(weights @ steps**2 - (weights @ steps) ** 2) / 2000
+    assert spread == pytest.approx(averages.sigma_rel(8), rel=0.01)
+    assert averages.sigma_rel(8) == pytest.approx(0.09, abs=0.001)
 
 
 @pytest.mark.parametrize("length", [0.002, 0.01, 0.05, 0.1, 0.2, 0.28, 12**-0.5])

@@ -97,6 +97,25 @@ def test_fault_65_two_processes_of_two_devices_are_one_of_four(unbroken, script,
     assert checkpoint.steps(unbroken / "checkpoints") == [10, 20, 30]
 
 
+MINUTES = """
+import runpy
+from ddpm_jax import parallel
+from ddpm_jax.commands import budget
+
+get_config = runpy.run_path("configs/digits.py")["get_config"]
+budget.fitting_steps = lambda *args: 30 if parallel.is_first() else 20
+"""
+
+
+@pytest.mark.faults
+def test_processes_that_measure_another_speed_take_the_number_of_the_first(start, unbroken, tmp_path):
+    (tmp_path / "minutes.py").write_text(MINUTES)
+    pair = start(*TRAIN, f"--config={tmp_path}/minutes.py", "--config.train.minutes=0.1", f"--workdir={tmp_path}/run")
+    assert [process.wait(300) for process in pair] == [0, 0], pair[0].told.read_text()
+    assert fingerprint(tmp_path / "run") == fingerprint(unbroken)
+    assert logged_metrics(tmp_path / "run") == logged_metrics(unbroken)
+
+
 @pytest.mark.faults
 def test_fault_05_a_signal_to_one_of_two_processes_stops_both(start, tmp_path):
     """Both leave with 75 after the same step, which is saved."""

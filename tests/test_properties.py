@@ -68,6 +68,8 @@ def changed(changes):
         changes[name] = min(changes.get(name, default), changes["diffusion.T"])
     for name, unit in (("train.keep_every", "train.checkpoint_every"), ("train.evaluate_every", "train.log_every")):
         changes[name] = changes.get(name, 0) // changes[unit] * changes[unit]
+    steps, warm_up = changes.get("train.steps", 800_000), changes.get("train.warmup_steps", 5000)
+    changes["train.warmup_steps"] = min(warm_up, steps - 1)
     changes["train.ensemble"] = len(changes["train.learning_rates"]) or changes["train.ensemble"]
     if changes["train.ensemble"] > 1:
         changes |= {"train.averages": (), "train.evaluate_every": 0}

@@ -1,5 +1,6 @@
 """The folder of a run: whose it is, and what has changed since it was written."""
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -59,6 +60,45 @@ def test_fault_14_what_only_says_how_often_may_change(begun):
     changes |= {"train.watchdog_abort": True, "train.on_nan": "rollback", "train.evaluate_num": 30}
     assert len(changes) > 10
     run_folder.check(folder, configs.replace(parts.config, changes))
+
+
+def decaying(parts, **changes):
+    changes = {"warmup_steps": 2, "steps": 50} | changes
+    return configs.replace(parts.config, {f"train.{name}": value for name, value in changes.items()})
+
+
+def test_the_steps_may_change_until_the_learning_rate_decays(begun):
+    """The run has a checkpoint of step 10: what was computed until there is what the new number would compute."""
+    folder, parts, _ = begun
+    for decay, then, now, step, fits in (
+        ("constant", 10, 50, 0, True),
+        ("linear", 50, 100, 0, False),
+        ("cosine", 50, 40, 0, False),
+        ("wsd", 13, 26, 0, True),  # from step 10 on
+        ("wsd", 26, 11, 0, False),
+        ("wsd", 11, 26, 0, False),
+        ("wsd", 11, 26, 5, True),
+    ):
+        run_folder.record(folder, decaying(parts, decay=decay, steps=then))
+        config = decaying(parts, decay=decay, steps=now)
+        refused = f"train.steps is {then} there, {now} here, and the learning rate decays from step"
+        with contextlib.nullcontext() if fits else pytest.raises(ConfigError, match=refused):
+            run_folder.check(folder, config, step=step)
+        with contextlib.nullcontext() if fits else pytest.warns(UserWarning, match="continuing as another experiment"):
+            run_folder.check(folder, config, ("train.steps",), step)
+
+
+def test_a_run_of_a_constant_learning_rate_may_end_by_a_decay(begun):
+    folder, parts, _ = begun
+    run_folder.record(folder, decaying(parts, steps=10))
+    for steps, fits in ((15, True), (11, False)):  # which decays from step 12 or 9 on
+        config = decaying(parts, decay="wsd", steps=steps, decay_fraction=0.2)
+        with (
+            pytest.warns(UserWarning, match="decay")
+            if fits
+            else pytest.raises(ConfigError, match=r"train\.steps is 10")
+        ):
+            run_folder.check(folder, config, ("train.decay",))
 
 
 def test_a_field_that_is_not_there_cannot_be_allowed(begun):

@@ -114,7 +114,7 @@ def open_tools(run, start, first):
         writer = stack.enter_context(_open_log(run, start.state, first))
         manager = checkpoint.open_manager(run.workdir / "checkpoints", config.keep, config.keep_every)
         stack.callback(checkpoint.close, manager)
-        batches = stack.enter_context(contextlib.closing(_prefetch(run.program, config, first, start.rollbacks)))
+        batches = stack.enter_context(contextlib.closing(prefetch(run.program, config, first, start.rollbacks)))
         profile = stack.enter_context(profiling.profiler(run.span, run.workdir / "profile", run.say))
         stack.enter_context(parallel.fail_fast())  # entered last: its timer must run while the rest closes
         save_or_warn, timer = checkpoint.make_saver(manager), StepTimer(first)
@@ -139,7 +139,8 @@ def _open_log(run, state, first):
         writer.close()
 
 
-def _prefetch(program, config, first, rollbacks):
+def prefetch(program, config, first, rollbacks):
+    """(number of steps, their batches) for each call from the step `first` to the last."""
     last, per_call = config.steps, config.steps_per_call
 
     def make_batches(call):

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ddpm_jax import commands, parallel, program
-from ddpm_jax.commands import actions, progress, recovery
+from ddpm_jax import commands, experiment, parallel, program
+from ddpm_jax.commands import actions, budget, progress, recovery
 from ddpm_jax.run import folder as run_folder
 from ddpm_jax.run import log, signals
 
@@ -31,21 +31,26 @@ class Run(NamedTuple):
     say: Callable
 
 
-def train(args, span, parts, dataset, fingerprint, workdir, stop_requested, say, argv):
+def train(args, span, parts, dataset, fingerprint, workdir, stop_requested, say, argv, began):
     """Run Algorithm 1 to the last step; the exit code. It starts from the newest checkpoint, that of --step, or anew.
 
-    args: those of commands.train; span: the steps to trace; argv: the command, for run.json.
+    args: those of commands.train; span: the steps to trace; argv: the command, for run.json; began: its time.
     """
-    meta = {"config": dataclasses.asdict(parts.config), "shape": parts.shape, "classes": parts.classes}
-    meta |= {"data": fingerprint, "devices": parallel.describe()}
-    with signals.watchdog(parts.config.train.watchdog, parts.config.train.watchdog_abort) as keep_alive:
+    config, made = parts.config.train, program.make(parts, dataset)
+    with signals.watchdog(config.watchdog, config.watchdog_abort) as keep_alive:
+        measured = config.minutes and run_folder.is_new(workdir)
+        if measured:
+            say("compiling the training step and measuring its speed")
+            parts = experiment.with_steps(parts, budget.choose_steps(made, config, began, say))
+        meta = {"config": dataclasses.asdict(parts.config), "shape": parts.shape, "classes": parts.classes}
+        meta |= {"data": fingerprint, "devices": parallel.describe()}
         write_grid = progress.make_grid_writer(parts, workdir, keep_alive)
         evaluate = progress.make_evaluator(parts, dataset, keep_alive, say)
-        made = program.make(parts, dataset)
         run = Run(args, span, parts, made, workdir, meta, stop_requested, keep_alive, write_grid, evaluate, say)
         start = recovery.start(run, args.step or None)
         parallel.on_all_processes(lambda: parallel.is_first() and run_folder.record(workdir, parts.config, argv))
-        say("compiling the training step")
+        if not measured:
+            say("compiling the training step")
         while True:
             try:
                 return take_steps(run, start)
@@ -64,7 +69,7 @@ def take_steps(run, start):
                 with tools.timer.waiting():
                     num_steps, batch = next(tools.batches)
                 tools.profile(step, state)
-                state, metrics = run.program.step(state, batch, start.rollbacks)
+                state, metrics = run.program.step(state, batch, start.rollbacks, config.steps)
                 step += num_steps
                 code = tools.sync_exit_code(run.stop_requested())
                 due = [action for action in tools.actions if action.is_due(step, config.steps, code is not None)]

@@ -6,6 +6,7 @@ The same command resumes the run. Everything about the run is in its folder; sam
 import contextlib
 import dataclasses
 import re
+import time
 from pathlib import Path
 
 from ddpm_jax import commands, errors, options
@@ -56,7 +57,7 @@ class Args(options.Arguments):
 @log.quiet()
 def main(argv=None):
     """Train with the options `argv` (default: those of the command line); the exit code."""
-    argv = options.command_line(argv)
+    began, argv = time.monotonic(), options.command_line(argv)
     args = commands.parse(Args, argv, "train", __doc__, configs.load)
     if args.strict_data:
         args = options.replace(args, {"config.data.max_unreadable": 0.0})
@@ -85,15 +86,18 @@ def main(argv=None):
     with parallel.fail_fast(), signals.catch() as stop_requested, parallel.memory_advice(advice):
         if args.dry_run:
             return compile_only(args, say)
+        recorded = parallel.on_all_processes(lambda: run_folder.recorded_steps(workdir, args.config))
+        args = dataclasses.replace(args, config=recorded)
         parts, dataset = parallel.on_all_processes(lambda: prepare(args, workdir, say))
         fingerprint = data.fingerprint(dataset)
         steps = checkpoint.steps(workdir / "checkpoints")
         run_folder.check_processes_agree(
             args.config, data=fingerprint, step=args.step, allow_change=args.allow_change, checkpoints=steps
         )
-        done = parallel.on_all_processes(lambda: run_folder.finished_step(workdir, config.steps, args.step))
+        done = parallel.on_all_processes(lambda: run_folder.finished_step(workdir, args.config.train.steps, args.step))
         if done:
-            say(f"already finished at step {done:,}; for more, --config.train.steps={2 * done}")
+            again = "--config.train.minutes=0 " * bool(config.minutes) + f"--config.train.steps={2 * done}"
+            say(f"already finished at step {done:,}" + f"; for more, {again}" * (config.decay == "constant"))
             return 0
         # From here on the run's folder is written.
         with parallel.on_all_processes(
@@ -101,7 +105,9 @@ def main(argv=None):
         ):
             parallel.on_all_processes(lambda: run_folder.check_shared(workdir))
             command = [*commands.prog_name("train").split(), *argv]
-            return loop.train(args, span(args), parts, dataset, fingerprint, workdir, stop_requested, say, command)
+            return loop.train(
+                args, span(args), parts, dataset, fingerprint, workdir, stop_requested, say, command, began
+            )
 
 
 def compile_only(args, say):
@@ -132,7 +138,7 @@ def prepare(args, workdir, say):
     if args.step >= config.train.steps:
         raise errors.ConfigError(f"--step={args.step} must be less than train.steps={config.train.steps}")
     span(args)  # raises
-    run_folder.check(workdir, config, args.allow_change)
+    run_folder.check(workdir, config, args.allow_change, args.step)
     dataset = data.load(**vars(config.data))
     images = "x".join(map(str, dataset.images.shape[1:]))
     say(f"{config.data.source}: {len(dataset.images):,} images of {images}")
@@ -146,10 +152,9 @@ def prepare(args, workdir, say):
 
         enl0.find()  # raises
     parts = experiment.make(config, dataset.images.shape[1:])._replace(classes=dataset.classes)
-    say(
-        f"U-Net of {experiment.parameter_count(parts):,} parameters; {config.train.steps:,} steps "
-        f"of {config.train.batch_size} images"
-    )
+    new = config.train.minutes and run_folder.is_new(workdir)
+    length = f"{config.train.minutes:g} minutes of steps" if new else f"{config.train.steps:,} steps"
+    say(f"U-Net of {experiment.parameter_count(parts):,} parameters; {length} of {config.train.batch_size} images")
     return parts, dataset
 
 
@@ -157,7 +162,7 @@ def span(args):
     """(START, STOP) of --profile; (0, 0) without."""
     start, stop = map(int, (args.profile or "0:0").split(":"))
     train = args.config.train
-    if start >= train.steps:
+    if start >= train.steps and not train.minutes:
         raise errors.ConfigError(f"--profile={args.profile} must begin before train.steps={train.steps}")
     if start % train.steps_per_call or stop % train.steps_per_call:
         raise errors.ConfigError(

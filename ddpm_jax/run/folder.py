@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -21,9 +22,32 @@ from ddpm_jax.run.files import lock, write_atomic
 LOCATION = ("data.source", "data.split")  # may change for pictures and arrays, whose fingerprint identifies them
 
 
-def check(workdir, config, allowed=()):
+def recorded_steps(workdir, config):
+    """`config` with the number of steps that train.minutes was found to be when the run began; else as it is.
+
+    Raises ConfigError if the run began with other minutes, or with none.
+    """
+    minutes, file = config.train.minutes, workdir / "config.json"
+    if not minutes or is_new(workdir) or not file.exists():
+        return config
+    old = configs.from_json(file.read_text(errors="replace"), str(file)).train
+    if old.minutes != minutes:
+        raise ConfigError(
+            f"{workdir} holds a run of {old.steps:,} steps, not one of train.minutes={minutes:g}; to continue it give "
+            "a number of steps, --config.train.minutes=0 --config.train.steps=N"
+        )
+    return configs.replace(config, {"train.steps": old.steps})
+
+
+def is_new(workdir):
+    """Whether the folder has no checkpoint of a training step (step 0 has imported parameters)."""
+    return not any(checkpoint.steps(workdir / "checkpoints"))
+
+
+def check(workdir, config, allowed=(), step=0):
     """Raise ConfigError for a folder with another experiment; fields in config.MAY_CHANGE and `allowed` may differ.
 
+    train.steps may not once the learning rate decays at the newest step, or at `step`, from which the run continues.
     The location of pictures or arrays may differ too: `resume` compares their fingerprint. If there is only step 0,
     which means imported parameters and no training yet, the sections data and train may differ as well.
     """
@@ -41,11 +65,17 @@ def check(workdir, config, allowed=()):
     old = configs.from_json(file.read_text(errors="replace"), str(file))
     movable = all(each.data.source.startswith(("folder:", "npz:")) for each in (old, config))
     may_differ = {*configs.MAY_CHANGE, *({*LOCATION} - {*allowed} if movable else ())}
+    decaying = [each.train for each in (old, config) if each.train.decay != "constant"]
+    decays_from = min((configs.decay_span(train)[0] for train in decaying), default=math.inf)
+    if (step or steps[-1]) > decays_from:
+        may_differ.remove("train.steps")
     changed = {
         name: f"{name} is {a!r} there, {b!r} here"
         for name, a, b in configs.differences(old, config)
         if name not in may_differ and not (only_imported and name.startswith(("data.", "train.")))
     }
+    if "train.steps" in changed:
+        changed["train.steps"] += f", and the learning rate decays from step {decays_from} on"
     refused = {name: text for name, text in changed.items() if name not in allowed}
     if refused:
         raise ConfigError(
