@@ -148,20 +148,20 @@ DISTANCES = {"l2": jnp.square, "l1": jnp.abs, "huber": huber}  # applied to each
 
 
 def make_loss(net, schedule, parameterization, weight, distance=jnp.square, extra=lambda *_: 0.0) -> Callable:
-    """Algorithm 1, lines 2 to 5, for one image: loss(params, key, x_0, label=None, u=None) -> scalar.
+    """Algorithm 1, lines 2 to 5, for one image: loss(params, key, x_0, label=None, u=None, **others) -> scalar.
 
-    net: (params, x_t, t, key, label) -> output; parameterization: an entry of PARAMETERIZATIONS; weight: an entry of
+    net: (params, x_t, t, key, label, **others) -> output; parameterization: an entry of PARAMETERIZATIONS; weight: an entry of
     WEIGHTINGS; distance: an entry of DISTANCES; extra(output, x_0, x_t, t) is added to the loss. x_0 is (H, W, C) in
     [-1, 1]. u in [0, 1) determines t (schedule.t_from_u) and is drawn from `key` when not given. If the output has more
     channels than the image, the first C are the prediction.
     """
 
-    def loss(params, key, x_0, label=None, u=None):
+    def loss(params, key, x_0, label=None, u=None, **others):
         t = schedule.t_from_u(draw_u(key) if u is None else u)
         logsnr = schedule.logsnr(t)
         eps = jax.random.normal(named(key, "eps"), x_0.shape)
         x_t = q_sample(x_0, eps, logsnr)
-        output = net(params, x_t, t, named(key, "dropout"), label)
+        output = net(params, x_t, t, named(key, "dropout"), label, **others)
         error = output[..., : x_0.shape[-1]] - parameterization.target(x_0, eps, logsnr)
         main = weight(schedule, t) * jnp.mean(distance(parameterization.eps_error(error, logsnr)))
         return main + extra(output, x_0, x_t, t)

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from ddpm_jax import (
+    augmentation,
     averages,
     conditioning,
     diffusion,
@@ -62,7 +63,12 @@ def make(config: Config, shape: Sequence[int], network: tuple[Callable, Callable
     )
     _check_signal(choices, schedule)
     init, net = network or unet.make_unet(
-        shape, choices.variance == "learned", choices.self_conditioning, schedule.time_scale, **vars(config.model)
+        shape,
+        choices.variance == "learned",
+        choices.self_conditioning,
+        schedule.time_scale,
+        augmented=config.data.augment > 0,
+        **vars(config.model),
     )
     parameterization = diffusion.PARAMETERIZATIONS[choices.parameterization]
     image_net = net
@@ -80,7 +86,8 @@ def _make_loss(config, schedule, parameterization, net):
     options = {"distance": diffusion.DISTANCES[choices.distance]}
     if choices.variance == "learned":
         options["extra"] = likelihood.make_variance_loss(schedule, parameterization)
-    return diffusion.make_loss(net, schedule, parameterization, diffusion.WEIGHTINGS[choices.weighting], **options)
+    loss = diffusion.make_loss(net, schedule, parameterization, diffusion.WEIGHTINGS[choices.weighting], **options)
+    return augmentation.augmented(loss, config.data.augment) if config.data.augment else loss
 
 
 def _make_training(config, flip, time_sampling, init, loss):
