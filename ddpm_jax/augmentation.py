@@ -51,7 +51,10 @@ def inverse_matrix(parameters) -> tuple[jax.Array, jax.Array]:
     """
     x_flip, y_flip, scale, cos_minus_1, sin, stretch_cos, stretch_sin, *shift = parameters
     cos = 1 + cos_minus_1
-    direction, factor = jnp.arctan2(stretch_sin, stretch_cos), jnp.exp2(-LOG2_SCALE * jnp.hypot(stretch_cos, stretch_sin))
+    direction, factor = (
+        jnp.arctan2(stretch_sin, stretch_cos),
+        jnp.exp2(-LOG2_SCALE * jnp.hypot(stretch_cos, stretch_sin)),
+    )
     mean, half = (factor + 1 / factor) / 2, (factor - 1 / factor) / 2
     a, b, d = mean + half * jnp.cos(direction), half * jnp.sin(direction), mean - half * jnp.cos(direction)
     rotated = jnp.array([[cos * a + sin * b, cos * b + sin * d], [cos * b - sin * a, cos * d - sin * b]])
@@ -66,7 +69,7 @@ def transform(image, parameters) -> jax.Array:
     about the outer pixels beyond them. Flips, quarter turns and shifts by whole pixels are exact. Shrinking does not
     average: at a probability of 0.12, less than 1 % of images shrink below 3/4 in any direction.
     """
-    height, width, _ = image.shape
+    image, (height, width, _) = jnp.asarray(image), image.shape
     (matrix, shift), size = inverse_matrix(parameters), jnp.array([width, height])
     centre = (size - 1) / 2
 

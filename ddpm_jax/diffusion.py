@@ -150,9 +150,9 @@ DISTANCES = {"l2": jnp.square, "l1": jnp.abs, "huber": huber}  # applied to each
 def make_loss(net, schedule, parameterization, weight, distance=jnp.square, extra=lambda *_: 0.0) -> Callable:
     """Algorithm 1, lines 2 to 5, for one image: loss(params, key, x_0, label=None, u=None, **others) -> scalar.
 
-    net: (params, x_t, t, key, label, **others) -> output; parameterization: an entry of PARAMETERIZATIONS; weight: an entry of
-    WEIGHTINGS; distance: an entry of DISTANCES; extra(output, x_0, x_t, t) is added to the loss. x_0 is (H, W, C) in
-    [-1, 1]. u in [0, 1) determines t (schedule.t_from_u) and is drawn from `key` when not given. If the output has more
+    net: (params, x_t, t, key, label, **others) -> output; parameterization: an entry of PARAMETERIZATIONS; weight: an
+    entry of WEIGHTINGS; distance: an entry of DISTANCES; extra(output, x_0, x_t, t) is added to the loss. x_0 is
+    (H, W, C) in [-1, 1]. u in [0, 1) determines t (schedule.t_from_u) and is drawn from `key` when not given. If the output has more
     channels than the image, the first C are the prediction.
     """
 

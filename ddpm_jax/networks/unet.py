@@ -63,7 +63,7 @@ class ConvolutionAndBias(nn.Module):
 def dense(features, dtype, zero=False, name=None, bias=True):
     """A product of the channels of a vector, or of every pixel of an image, with a matrix, and a bias."""
     init = nn.initializers.zeros if zero else fan_avg
-    return nn.Dense(features, bias, dtype=dtype, kernel_init=init, name=name, dot_general=convolutions.product)
+    return nn.Dense(features, use_bias=bias, dtype=dtype, kernel_init=init, name=name, dot_general=convolutions.product)
 
 
 def add_augmentation(embedding, parameters, dtype):
