@@ -152,8 +152,8 @@ def make_loss(net, schedule, parameterization, weight, distance=jnp.square, extr
 
     net: (params, x_t, t, key, label, **others) -> output; parameterization: an entry of PARAMETERIZATIONS; weight: an
     entry of WEIGHTINGS; distance: an entry of DISTANCES; extra(output, x_0, x_t, t) is added to the loss. x_0 is
-    (H, W, C) in [-1, 1]. u in [0, 1) determines t (schedule.t_from_u) and is drawn from `key` when not given. If the output has more
-    channels than the image, the first C are the prediction.
+    (H, W, C) in [-1, 1]. u in [0, 1) determines t (schedule.t_from_u) and is drawn from `key` when not given. If
+    the output has more channels than the image, the first C are the prediction.
     """
 
     def loss(params, key, x_0, label=None, u=None, **others):
