@@ -1,6 +1,6 @@
 """Conditioning of the network on more than x_t and t. Each part wraps `net`; the loss and the samplers do not change.
 
-net(params, x_t, t, key=None, label=None) -> output        a key means training
+net(params, x_t, t, key=None, label=None, augmentation=None) -> output        a key means training
 """
 
 import jax
@@ -17,10 +17,10 @@ def label_dropout(net, rate, null):
     This also trains the unconditional network that `guided` needs (Ho & Salimans 2022, algorithm 1).
     """
 
-    def with_dropout(params, x_t, t, key=None, label=None):
+    def with_dropout(params, x_t, t, key=None, label=None, **others):
         if key is not None:
             label = jnp.where(jax.random.bernoulli(named(key, "label"), rate), null, label)
-        return net(params, x_t, t, key, label)
+        return net(params, x_t, t, key, label, **others)
 
     return with_dropout
 
@@ -46,9 +46,9 @@ def scaled_input(net, schedule, parameterization, channels):
     if parameterization.input_scale is None:
         return net
 
-    def scaled(params, x_t, t, key=None, label=None):
+    def scaled(params, x_t, t, key=None, label=None, **others):
         factor = parameterization.input_scale(schedule.logsnr(t))
-        return net(params, x_t.at[..., :channels].multiply(factor), t, key, label)
+        return net(params, x_t.at[..., :channels].multiply(factor), t, key, label, **others)
 
     return scaled
 
@@ -60,9 +60,9 @@ def self_conditioning(net, schedule, parameterization):
     keep the zeros. A sampler uses the x_0_hat of its previous step instead: samplers.self_conditioned.
     """
 
-    def conditioned(params, x_t, t, key=None, label=None):
+    def conditioned(params, x_t, t, key=None, label=None, **others):
         def forward(estimate):
-            return net(params, jnp.concatenate([x_t, estimate], -1), t, key, label)
+            return net(params, jnp.concatenate([x_t, estimate], -1), t, key, label, **others)
 
         output = forward(jnp.zeros_like(x_t))[..., : x_t.shape[-1]]
         estimate = clip(parameterization.x_0(output, x_t, schedule.logsnr(t)))

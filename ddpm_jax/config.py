@@ -42,7 +42,14 @@ class Data(Section):
         ("one or two numbers", lambda v: len(v) <= 2),
     )
     channels: int = option(0, "1 gray, 3 RGB, 0 for the channels of the data", one_of(0, 1, 3))
-    flip: bool = option(False, "flip images horizontally at random")
+    flip: bool = option(False, "flip images horizontally at random, also in the samples")
+    augment: float = option(
+        0.0,
+        "probability of each random transformation of an image, which the network is told of, so that samples do not "
+        "show them (Karras et al. 2022); 0 for none, 0.12 in EDM for CIFAR-10",
+        at_least(0),
+        ("at most 1", lambda v: v <= 1),
+    )
     max_unreadable: float = option(
         0.1, "fraction of a folder's files that may be unreadable", at_least(0), ("at most 1", lambda v: v <= 1)
     )

@@ -253,22 +253,22 @@ def make_loss(
     extra=lambda *_: 0.0,
     noise_levels=lambda u: (u, 1.0),
 ) -> Callable:
-    """Algorithm 1, lines 2 to 5, for one image: loss(params, key, x_0, label=None, u=None, eps=None) -> scalar.
+    """Algorithm 1, lines 2 to 5, for one image: loss(params, key, x_0, label=None, u=None, eps=None, **others).
 
-    net: (params, x_t, t, key, label) -> output; parameterization: an entry of PARAMETERIZATIONS; weight: an entry of
-    WEIGHTINGS; distance: an entry of DISTANCES; extra(output, x_0, x_t, t) is added to the loss. x_0 is (H, W, C) in
-    [-1, 1]. u in [0, 1) determines t (schedule.t_from_u) and is drawn from `key` when not given, as is eps;
-    noise_levels: from schedules.make_noise_levels. If the output has more channels than the image, the first C are the
-    prediction.
+    The result is a scalar. net: (params, x_t, t, key, label, **others) -> output; parameterization: an entry of
+    PARAMETERIZATIONS; weight: an entry of WEIGHTINGS; distance: an entry of DISTANCES; extra(output, x_0, x_t, t) is
+    added to the loss. x_0 is (H, W, C) in [-1, 1]. u in [0, 1) determines t (schedule.t_from_u) and is drawn from `key`
+    when not given, as is eps; noise_levels: from schedules.make_noise_levels. If the output has more channels than the
+    image, the first C are the prediction.
     """
 
-    def loss(params, key, x_0, label=None, u=None, eps=None):
+    def loss(params, key, x_0, label=None, u=None, eps=None, **others):
         v, level_weight = noise_levels(draw_u(key) if u is None else u)
         t = schedule.t_from_u(v)
         logsnr = schedule.logsnr(t)
         eps = jax.random.normal(named(key, "eps"), x_0.shape) if eps is None else eps
         x_t = q_sample(x_0, eps, logsnr)
-        output = net(params, x_t, t, named(key, "dropout"), label)
+        output = net(params, x_t, t, named(key, "dropout"), label, **others)
         error = output[..., : x_0.shape[-1]] - parameterization.target(x_0, eps, logsnr)
         main = weight(schedule, t) * jnp.mean(distance(parameterization.eps_error(error, logsnr)))
         return level_weight * (main + extra(output, x_0, x_t, t))
@@ -281,14 +281,14 @@ def draw_u(key):
     return jax.random.uniform(named(key, "t"))
 
 
-def distance_to_image(loss, params, key, x_0, label, u, eps):
+def distance_to_image(loss, x_0, eps):
     """The noise nearest to the image: immiscible diffusion by nearest neighbours (Li et al. 2025, arXiv:2505.18521)."""
     return jnp.sum((eps - x_0) ** 2)
 
 
-def own_loss(loss, params, key, x_0, label, u, eps):
+def own_loss(loss, x_0, eps):
     """The noise with the smallest loss (explorative modelling, arXiv:2607.27372); one more forward pass for each."""
-    return loss(lax.stop_gradient(params), key, x_0, label, u, eps)
+    return loss()
 
 
 NOISE_CHOICES = {"nearest": distance_to_image, "easiest": own_loss}  # the noise with the smallest value is learned
@@ -300,10 +300,13 @@ def choose_noise(loss, num, choice):
     The chosen noise is not standard normal, so the loss is smaller and its minimum is no longer E[x_0 | x_t].
     """
 
-    def chosen(params, key, x_0, label=None, u=None):
-        noises = jax.random.normal(named(key, "eps"), (num, *x_0.shape))
-        values = jax.vmap(lambda eps: NOISE_CHOICES[choice](loss, params, key, x_0, label, u, eps))(noises)
-        return loss(params, key, x_0, label, u, noises[jnp.argmin(values)])
+    def chosen(params, key, x_0, label=None, u=None, **others):
+        def loss_of(params, eps):
+            return loss(params, key, x_0, label, u, eps, **others)
+
+        noises, fixed = jax.random.normal(named(key, "eps"), (num, *x_0.shape)), lax.stop_gradient(params)
+        values = jax.vmap(lambda eps: NOISE_CHOICES[choice](lambda: loss_of(fixed, eps), x_0, eps))(noises)
+        return loss_of(params, noises[jnp.argmin(values)])
 
     return chosen
 

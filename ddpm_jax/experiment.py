@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from ddpm_jax import (
+    augmentation,
     averages,
     conditioning,
     diffusion,
@@ -63,7 +64,12 @@ def make(config: Config, shape: Sequence[int], network: tuple[Callable, Callable
     )
     _check_signal(choices, schedule)
     init, net = network or unet.make_unet(
-        shape, choices.variance == "learned", choices.self_conditioning, schedule.time_scale, **vars(config.model)
+        shape,
+        choices.variance == "learned",
+        choices.self_conditioning,
+        schedule.time_scale,
+        augmented=config.data.augment > 0,
+        **vars(config.model),
     )
     parameterization = diffusion.make_parameterization(choices.parameterization, schedule, choices.sigma_data)
     image_net = net = conditioning.scaled_input(net, schedule, parameterization, shape[-1])
@@ -88,7 +94,9 @@ def _make_loss(config, schedule, parameterization, net):
     if choices.weighting == "sigmoid":
         weight = partial(weight, bias=choices.sigmoid_bias)
     loss = diffusion.make_loss(net, schedule, parameterization, weight, **options)
-    return diffusion.choose_noise(loss, choices.noises, choices.noise_choice) if choices.noises > 1 else loss
+    if choices.noises > 1:
+        loss = diffusion.choose_noise(loss, choices.noises, choices.noise_choice)
+    return augmentation.augmented(loss, config.data.augment) if config.data.augment else loss
 
 
 def _make_training(config, flip, time_sampling, init, loss):

@@ -147,6 +147,7 @@ def test_fault_30_values_out_of_range(argv, fragment):
         (["--config.data.image_size=1,2,3"], "data.image_size=1,2,3 must be one or two numbers"),
         (["--config.data.channels=2"], "data.channels=2 must be one of 0, 1, 3"),
         (["--config.data.max_unreadable=1.5"], "data.max_unreadable=1.5 must be at most 1"),
+        (["--config.data.augment=12"], "data.augment=12.0 must be at most 1"),
         (["--config.train.grad_clip=0"], "train.grad_clip=0.0 must be a number above 0"),
         (["--config.train.seed=-1"], "train.seed=-1 must be at least 0"),
         (["--config.train.seed=4294967296"], "train.seed=4294967296 must be below 2**32"),

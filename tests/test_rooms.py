@@ -36,6 +36,7 @@ def room(module):
 
 GROUND = {"errors", "keys", "vectors"}
 MATHS = {
+    "augmentation",
     "schedules",
     "diffusion",
     "conditioning",

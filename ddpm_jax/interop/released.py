@@ -55,6 +55,7 @@ def write(path, parts, params, **metadata):
     unet, scheduler = layout.to_diffusers(parts)
     weights, *files = names(path)
     format = tensors.diffusers_format(len(parts.config.model.multipliers))
+    params = {name: part for name, part in params.items() if name != "augmentation"}  # adds nothing outside training
     tensors.write(weights, tensors.from_params(params, format), {"format": "pt"})
     for file, content in zip(files, (unet, scheduler, PIPELINE), strict=True):
         with writing(file):

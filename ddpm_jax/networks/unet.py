@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from ddpm_jax.augmentation import NUM_PARAMETERS
 from ddpm_jax.errors import ConfigError
 from ddpm_jax.networks import convolutions
 
@@ -59,10 +60,16 @@ class ConvolutionAndBias(nn.Module):
         return convolutions.convolve(x[None].astype(self.dtype), kernel.astype(self.dtype))[0], bias
 
 
-def dense(features, dtype, zero=False, name=None):
+def dense(features, dtype, zero=False, name=None, bias=True):
     """A product of the channels of a vector, or of every pixel of an image, with a matrix, and a bias."""
     init = nn.initializers.zeros if zero else fan_avg
-    return nn.Dense(features, dtype=dtype, kernel_init=init, name=name, dot_general=convolutions.product)
+    return nn.Dense(features, use_bias=bias, dtype=dtype, kernel_init=init, name=name, dot_general=convolutions.product)
+
+
+def add_augmentation(embedding, parameters, dtype):
+    """The embedding plus a linear map of the parameters of augmentation.py, from zero weights; None stands for 0."""
+    parameters = jnp.zeros(NUM_PARAMETERS) if parameters is None else parameters
+    return embedding + dense(len(embedding), dtype, zero=True, name="augmentation", bias=False)(parameters)
 
 
 @jax.custom_jvp
@@ -214,6 +221,7 @@ class UNet(nn.Module):
     dtype: jnp.dtype
     remat: bool
     time_scale: float
+    augmented: bool = False
     norm_eps: float = 1e-6
     head_channels: int = 0
     symmetric_halving: bool = False
@@ -221,7 +229,7 @@ class UNet(nn.Module):
     frequency_shift: int = 1
 
     @nn.compact
-    def __call__(self, x, t, label):
+    def __call__(self, x, t, label, augmentation=None):
         make_block = nn.remat(ResBlock, policy=None if self.remat else sums_and_products_saveable)
 
         def block(h, features, name):
@@ -234,9 +242,10 @@ class UNet(nn.Module):
                 h = Attention(self.num_heads, self.groups, self.dtype, self.norm_eps, self.head_channels, name=name)(h)
             return h
 
-        embedding = dense(4 * self.channels, self.dtype, name="time_1")(
-            time_embedding(t, self.channels, self.time_scale, self.frequency_shift, self.cos_first)
-        )
+        embedding = time_embedding(t, self.channels, self.time_scale, self.frequency_shift, self.cos_first)
+        if self.augmented:
+            embedding = add_augmentation(embedding, augmentation, self.dtype)
+        embedding = dense(4 * self.channels, self.dtype, name="time_1")(embedding)
         embedding = dense(4 * self.channels, self.dtype, name="time_2")(swish(embedding))
         if self.num_classes:  # the last entry means no label; it is trained only with label dropout
             label = jnp.asarray(self.num_classes if label is None else label)
@@ -269,26 +278,28 @@ class UNet(nn.Module):
         return convolution(self.out_channels, jnp.float32, zero=True, name="conv_out")(h)
 
 
-def make_unet(shape, learned_variance=False, self_conditioning=False, time_scale=1.0, **options):
+def make_unet(shape, learned_variance=False, self_conditioning=False, time_scale=1.0, augmented=False, **options):
     """(init, net) of the U-Net for images of `shape` (H, W, C); `options` are the fields of config.Model.
 
     init(key) -> params, a tree of float32 arrays.
-    net(params, x_t, t, key=None, label=None) -> (H, W, C) float32, or (H, W, 2C) with `learned_variance`. A key means
-    training (dropout), None means evaluation. x_t: float32 (H, W, C), or (H, W, 2C) with `self_conditioning`; t: scalar
-    in 1..T after scaling by `time_scale`; label: class or None.
+    net(params, x_t, t, key=None, label=None, augmentation=None) -> (H, W, C) float32, or (H, W, 2C) with
+    `learned_variance`. A key means training (dropout), None means evaluation. x_t: float32 (H, W, C), or (H, W, 2C)
+    with `self_conditioning`; t: scalar in 1..T after scaling by `time_scale`; label: class or None; augmentation: with
+    `augmented`, the parameters of x_t (augmentation.py), None for an image as it is.
     Raises ConfigError for sizes that cannot be halved at every level, and for widths not divisible by groups or heads.
     """
     _check_size(shape, options["multipliers"], options["attention_resolutions"])
     options["dtype"] = jnp.dtype(options["dtype"])
-    module = UNet(out_channels=shape[-1] * (1 + learned_variance), time_scale=time_scale, **options)
+    options |= {"time_scale": time_scale, "augmented": augmented}
+    module = UNet(out_channels=shape[-1] * (1 + learned_variance), **options)
     inputs = jnp.zeros((*shape[:2], shape[-1] * (1 + self_conditioning)))
 
     def init(key):
         return module.init(key, inputs, jnp.int32(1), None)["params"]
 
-    def net(params, x_t, t, key=None, label=None):
+    def net(params, x_t, t, key=None, label=None, augmentation=None):
         rngs = None if key is None else {"dropout": key}
-        return module.apply({"params": params}, x_t, t, label, rngs=rngs)
+        return module.apply({"params": params}, x_t, t, label, augmentation, rngs=rngs)
 
     jax.eval_shape(init, jax.random.key(0))  # builds every layer, so that unsuitable widths raise here
     return init, net
