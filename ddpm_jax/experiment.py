@@ -290,43 +290,127 @@ def make_generate(
     guidance=1.0,
     interval=(),
     edit=None,
+    guidance_method="cfg",
+    guidance_options=(),
+    guide=None,
     **options,
 ):
     """`samplers.make_generate` with this experiment's network and variance; `options` are those of the sampler.
 
     preview: the frames show x_0_hat instead of x_t; limit: a name in diffusion.LIMITS; guidance, interval: the scale
-    and the times of classifier-free guidance; edit: see editing.py, by default sampling from pure noise.
+    and the times of guidance; guidance_method: a name in conditioning.GUIDANCES, with a dict of options; guide: the
+    Experiment of a worse network to guide away from (autoguidance), by default the same network without the label. With
+    a guide, params are the pair (params, params of the guide). edit: see editing.py, by default sampling from pure
+    noise.
     """
     choices, schedule = experiment.config.diffusion, experiment.schedule
     if limit not in diffusion.LIMITS:
         raise ConfigError(f"limit={limit} is not one of {', '.join(diffusion.LIMITS)}")
     if options.get("variance") == "learned" != choices.variance:
         raise ConfigError("variance=learned, but the model was trained without a learned variance")
-    net = _guided_net(experiment, guidance, interval)
+    _check_guidance(experiment, guidance, interval, guidance_method, guide)
     sampler = samplers.make_sampler(sampler, schedule, {"variance": choices.variance}, **options)
+    times = schedule.times(steps, spacing)
     make_denoiser = diffusion.make_denoiser_with_variance if sampler.needs_variance else diffusion.make_denoiser
+    parts = schedule, experiment.parameterization
+    if guide is None and guidance_method == "cfg":
+        net = _guided_net(experiment, guidance, interval)
 
-    def denoiser(params, label):
-        return make_denoiser(net, schedule, experiment.parameterization, params, label, diffusion.LIMITS[limit])
+        def denoiser(params, label):
+            return make_denoiser(net, *parts, params, label, diffusion.LIMITS[limit])
+
+    else:
+        method, base = conditioning.GUIDANCES[guidance_method], _make_base(experiment, guide, times)
+        arguments = method, guidance, diffusion.LIMITS[limit], *(interval or (0.0, float("inf")))
+        sampler = samplers.renoised(sampler, schedule) if method.renoise else sampler
+
+        def denoiser(params, label):
+            own, others = (params, params) if guide is None else params
+            predict = make_denoiser(experiment.net, *parts, own, label)
+            return conditioning.guided_denoiser(predict, base(others, label), *arguments, **dict(guidance_options))
 
     if choices.self_conditioning:
         sampler = samplers.self_conditioned(sampler)
     elif preview:
         sampler = samplers.with_preview(sampler)
-    times = schedule.times(steps, spacing)
     sampler, times, start = (edit or editing.from_noise(schedule, experiment.shape))(sampler, times)
     view = (lambda x, memory: memory[1]) if preview else (lambda x, memory: x)
     return samplers.make_generate(denoiser, sampler, times, start, frames, view)
 
 
+def _check_guidance(experiment, scale, interval, method, guide):
+    """Raise ConfigError for guidance that is impossible with this experiment, or that would have no effect."""
+    T, table = experiment.schedule.T, conditioning.GUIDANCES
+    if method not in table:
+        raise ConfigError(f"guidance_method={method} is not one of {', '.join(table)}")
+    if not table[method].min_scale <= scale <= table[method].max_scale:
+        raise ConfigError(f"guidance={scale:g} must be from 0 to 1 with guidance_method={method}")
+    none = scale == 1 and not table[method].renoise
+    if interval and (none or not 0 <= interval[0] <= interval[1] <= T):
+        raise ConfigError(f"interval={interval[0]:g},{interval[1]:g} needs guidance, and 0 <= LOW <= HIGH <= {T:g}")
+    if none and (guide or method != "cfg"):
+        what = "a guide" if guide else f"guidance_method={method}"
+        raise ConfigError(f"{what} has no effect with guidance=1, which is no guidance; set it to 2, for example")
+    if not (none or guide or experiment.config.diffusion.label_dropout):
+        raise ConfigError(f"guidance={scale:g} needs a model trained with diffusion.label_dropout, or a guide")
+
+
 def _guided_net(experiment, scale, interval):
     """The experiment's network with classifier-free guidance of that scale at the times of the interval."""
-    T = experiment.schedule.T
-    if interval and (scale == 1 or not 0 <= interval[0] <= interval[1] <= T):
-        raise ConfigError(f"interval={interval[0]:g},{interval[1]:g} needs guidance, and 0 <= LOW <= HIGH <= {T:g}")
     if scale == 1:
         return experiment.net
-    if not experiment.config.diffusion.label_dropout:
-        raise ConfigError(f"guidance={scale:g} needs a model trained with diffusion.label_dropout")
     null, channels = experiment.config.model.num_classes, experiment.shape[-1]
     return conditioning.guided(experiment.net, scale, null, *interval, channels=channels)
+
+
+def _make_base(experiment, guide, times):
+    """base(params, label) -> the denoiser to guide away from: the guide's, or that of the experiment without a label."""
+    schedule, parameterization = experiment.schedule, experiment.parameterization
+    if guide is None:
+        null = experiment.config.model.num_classes
+        return lambda params, label: diffusion.make_denoiser(experiment.net, schedule, parameterization, params, null)
+    _check_guide(experiment, guide)
+    same_schedule = _check_noise_levels(schedule, guide.schedule, times)
+    shared = guide.config.diffusion.self_conditioning and experiment.config.diffusion.self_conditioning
+    net = guide.net if shared else guide.image_net
+
+    def base(params, label):
+        label = label if guide.config.model.num_classes else None
+        predict = diffusion.make_denoiser(net, guide.schedule, guide.parameterization, params, label)
+        predict = predict if same_schedule else conditioning.at_equal_noise(predict, schedule, guide.schedule)
+        return predict if shared else lambda x_t, t, *estimate: predict(x_t, t)
+
+    return base
+
+
+def _check_guide(experiment, guide):
+    """Raise ConfigError for a guide of images of another shape, or of other classes."""
+    shapes = ["x".join(map(str, parts.shape)) for parts in (experiment, guide)]
+    if shapes[0] != shapes[1]:
+        raise ConfigError(f"the guide makes images of {shapes[1]}, the model of {shapes[0]}; take a guide of that shape")
+    own, others = ((parts.config.model.num_classes, parts.classes) for parts in (experiment, guide))
+    if others[0] and (own[0] != others[0] or None not in (own[1], others[1]) and own[1] != others[1]):
+        names = [f"{num} classes" + (f" ({', '.join(named[:3])}, ...)" if named else "") for num, named in (own, others)]
+        raise ConfigError(
+            f"the guide has {names[1]}, the model {names[0]}; take a guide of the same classes, or of none"
+        )
+
+
+def _check_noise_levels(schedule, other, times):
+    """Whether both schedules are the same at these times. Raises ConfigError for a level that `other` does not have.
+
+    alpha and sigma may differ by 0.02, which is more than the rounding to the nearest of 100 discrete times.
+    """
+    levels = schedule.logsnr(times[:-1])
+    if type(schedule) is type(other) and schedule.T == other.T and np.array_equal(levels, other.logsnr(times[:-1])):
+        return True
+    nearest = other.logsnr(jax.vmap(other.t_from_logsnr)(levels))
+    pairs = zip(diffusion.alpha_sigma(levels), diffusion.alpha_sigma(nearest), strict=True)
+    errors = np.hypot(*(np.asarray(a - b) for a, b in pairs))
+    if errors.max() > 0.02:
+        i = errors.argmax()
+        raise ConfigError(
+            f"the guide's schedule has no time with the noise of t={times[i]:g} of the model (log-SNR {levels[i]:.2f}, "
+            f"the nearest {nearest[i]:.2f}); take a guide with a schedule closer to the model's, or more times"
+        )
+    return False
