@@ -74,8 +74,7 @@ class Guidance(NamedTuple):
 
     combine: Callable  # (x_0_hat, base, scale, **options) -> guided x_0_hat
     renoise: bool = False  # whether eps_hat is that of `base`, so that the sampler must be samplers.renoised
-    min_scale: float = -jnp.inf
-    max_scale: float = jnp.inf
+    scales: tuple[float, float] = (-jnp.inf, jnp.inf)  # the range of `scale`
 
 
 def extrapolate(x_0_hat, base, scale) -> jax.Array:
@@ -91,7 +90,7 @@ def interpolate(x_0_hat, base, scale) -> jax.Array:
 def project(x_0_hat, base, scale, parallel=0.0, norm=jnp.inf) -> jax.Array:
     """Adaptive projected guidance (Sadat et al. 2024, algorithm 1) without momentum.
 
-    The update x_0_hat - base is shortened to the L2 norm `norm` (the paper's r) if it is longer. Its part along x_0_hat,
+    The update x_0_hat - base, if longer, is shortened to the L2 norm `norm` (the paper's r). Its part along x_0_hat,
     which mainly raises contrast and saturation, is multiplied by `parallel` (the paper's eta). parallel = 1 with an
     infinite norm is `extrapolate`.
     """
@@ -103,7 +102,7 @@ def project(x_0_hat, base, scale, parallel=0.0, norm=jnp.inf) -> jax.Array:
 
 GUIDANCES = {
     "cfg": Guidance(extrapolate),
-    "cfg++": Guidance(interpolate, renoise=True, min_scale=0.0, max_scale=1.0),
+    "cfg++": Guidance(interpolate, renoise=True, scales=(0.0, 1.0)),
     "apg": Guidance(project),
 }
 

@@ -1,6 +1,7 @@
 """From a Config to the parts of an experiment: schedule, network, loss, training step, sampling."""
 
 import difflib
+import inspect
 import json
 import os
 import re
@@ -153,9 +154,10 @@ def _check_signal(choices, schedule):
         )
 
 
-def find_run(path: str | Path, step: int = 0) -> tuple[Path, int | None]:
+def find_run(path: str | Path, step: int = 0, option: str = "--workdir") -> tuple[Path, int | None]:
     """(folder of the run, step or None for the newest). `path` is that folder, its checkpoints, or one of them.
 
+    option: the one that gave `path`, for the message of an error.
     Raises CheckpointError when it is none of these, and ConfigError when it is a checkpoint of another step.
     """
     folder, checkpoints = expand(path), "checkpoints"
@@ -166,9 +168,9 @@ def find_run(path: str | Path, step: int = 0) -> tuple[Path, int | None]:
         return folder.parent, step or None
     if folder.parent.name == checkpoints and folder.parent.is_dir() and folder.name.isdigit():
         if step not in (0, int(folder.name)):
-            raise ConfigError(f"--workdir={path} and --step={step} are different steps; leave one of them out")
+            raise ConfigError(f"{option}={path} and --step={step} are different steps; leave one of them out")
         return folder.parent.parent, int(folder.name)
-    raise CheckpointError(f"there is no run in {path} (no folder {checkpoints}); train first, or change --workdir")
+    raise CheckpointError(f"there is no run in {path} (no folder {checkpoints}); train first, or change {option}")
 
 
 def restore(workdir: Path, weights: str, step: int | None = None, member: int = 0) -> tuple[Experiment, Any, int]:
@@ -308,7 +310,7 @@ def make_generate(
         raise ConfigError(f"limit={limit} is not one of {', '.join(diffusion.LIMITS)}")
     if options.get("variance") == "learned" != choices.variance:
         raise ConfigError("variance=learned, but the model was trained without a learned variance")
-    _check_guidance(experiment, guidance, interval, guidance_method, guide)
+    _check_guidance(experiment, guidance, interval, guidance_method, guidance_options, guide)
     sampler = samplers.make_sampler(sampler, schedule, {"variance": choices.variance}, **options)
     times = schedule.times(steps, spacing)
     make_denoiser = diffusion.make_denoiser_with_variance if sampler.needs_variance else diffusion.make_denoiser
@@ -321,7 +323,7 @@ def make_generate(
 
     else:
         method, base = conditioning.GUIDANCES[guidance_method], _make_base(experiment, guide, times)
-        arguments = method, guidance, diffusion.LIMITS[limit], *(interval or (0.0, float("inf")))
+        arguments = method, guidance, diffusion.LIMITS[limit], *interval
         sampler = samplers.renoised(sampler, schedule) if method.renoise else sampler
 
         def denoiser(params, label):
@@ -338,13 +340,18 @@ def make_generate(
     return samplers.make_generate(denoiser, sampler, times, start, frames, view)
 
 
-def _check_guidance(experiment, scale, interval, method, guide):
+def _check_guidance(experiment, scale, interval, method, options, guide):
     """Raise ConfigError for guidance that is impossible with this experiment, or that would have no effect."""
     T, table = experiment.schedule.T, conditioning.GUIDANCES
     if method not in table:
         raise ConfigError(f"guidance_method={method} is not one of {', '.join(table)}")
-    if not table[method].min_scale <= scale <= table[method].max_scale:
-        raise ConfigError(f"guidance={scale:g} must be from 0 to 1 with guidance_method={method}")
+    low, high = table[method].scales
+    if not low <= scale <= high:
+        raise ConfigError(f"guidance={scale:g} must be from {low:g} to {high:g} with guidance_method={method}")
+    known = list(inspect.signature(table[method].combine).parameters)[3:]
+    for option in options:
+        if option not in known:
+            raise ConfigError(f"guidance_method={method} has no option {option}; it has {', '.join(known) or 'none'}")
     none = scale == 1 and not table[method].renoise
     if interval and (none or not 0 <= interval[0] <= interval[1] <= T):
         raise ConfigError(f"interval={interval[0]:g},{interval[1]:g} needs guidance, and 0 <= LOW <= HIGH <= {T:g}")
@@ -364,7 +371,7 @@ def _guided_net(experiment, scale, interval):
 
 
 def _make_base(experiment, guide, times):
-    """base(params, label) -> the denoiser to guide away from: the guide's, or that of the experiment without a label."""
+    """base(params, label) -> the denoiser to guide away from: the guide's, or the experiment's own without a label."""
     schedule, parameterization = experiment.schedule, experiment.parameterization
     if guide is None:
         null = experiment.config.model.num_classes
@@ -384,22 +391,21 @@ def _make_base(experiment, guide, times):
 
 
 def _check_guide(experiment, guide):
-    """Raise ConfigError for a guide of images of another shape, or of other classes."""
-    shapes = ["x".join(map(str, parts.shape)) for parts in (experiment, guide)]
-    if shapes[0] != shapes[1]:
-        raise ConfigError(f"the guide makes images of {shapes[1]}, the model of {shapes[0]}; take a guide of that shape")
-    own, others = ((parts.config.model.num_classes, parts.classes) for parts in (experiment, guide))
-    if others[0] and (own[0] != others[0] or None not in (own[1], others[1]) and own[1] != others[1]):
-        names = [f"{num} classes" + (f" ({', '.join(named[:3])}, ...)" if named else "") for num, named in (own, others)]
-        raise ConfigError(
-            f"the guide has {names[1]}, the model {names[0]}; take a guide of the same classes, or of none"
-        )
+    """Raise ConfigError for a guide of another shape, or of other classes. One without classes suits all."""
+    pairs = [("shape", experiment.shape, guide.shape)]
+    if guide.config.model.num_classes:
+        pairs.append(("number of classes", experiment.config.model.num_classes, guide.config.model.num_classes))
+        named = [(parts.classes or ())[:10] for parts in (experiment, guide)]
+        pairs += [("first classes", *named)] if all(named) else []
+    for what, own, other in pairs:
+        if own != other:
+            raise ConfigError(f"the {what} of the guide is {other}, of the model {own}; take another guide")
 
 
 def _check_noise_levels(schedule, other, times):
     """Whether both schedules are the same at these times. Raises ConfigError for a level that `other` does not have.
 
-    alpha and sigma may differ by 0.02, which is more than the rounding to the nearest of 100 discrete times.
+    (alpha, sigma) may be 0.02 off, which is more than discrete schedules with 100 times are off between their times.
     """
     levels = schedule.logsnr(times[:-1])
     if type(schedule) is type(other) and schedule.T == other.T and np.array_equal(levels, other.logsnr(times[:-1])):
@@ -411,6 +417,6 @@ def _check_noise_levels(schedule, other, times):
         i = errors.argmax()
         raise ConfigError(
             f"the guide's schedule has no time with the noise of t={times[i]:g} of the model (log-SNR {levels[i]:.2f}, "
-            f"the nearest {nearest[i]:.2f}); take a guide with a schedule closer to the model's, or more times"
+            f"the nearest {nearest[i]:.2f}); take a guide with a schedule closer to the model's"
         )
     return False

@@ -222,7 +222,8 @@ def renoised(sampler: Sampler, schedule: Schedule) -> Sampler:
     """`sampler` for predict(x_t, t) -> (prediction, base): x_0_hat is that of `prediction`, eps_hat that of `base`.
 
     This is CFG++ (Chung et al. 2024, algorithm 2). As x_s is alpha_s x_0_hat plus terms of eps_hat, it is a step with
-    `base`, plus alpha_s times the difference of the two x_0_hat. Raises ConfigError for a sampler that is not `separable`.
+    `base`, plus alpha_s times the difference of the two x_0_hat. Raises ConfigError for a sampler that is not
+    `separable`.
     """
     if not sampler.separable:
         names = " or ".join(name for name, make in SAMPLERS.items() if make(schedule).separable)
