@@ -205,7 +205,7 @@ def test_what_cannot_guide_is_refused():
 def test_guidance_passes_on_all_that_a_prediction_can_carry(tmp_path):
     """A learned variance and the previous estimate: of a network that guides itself, and of CFG++ with lambda 0."""
     _, parts, params, _ = make_run(
-        tmp_path, model={"num_classes": 3}, self_conditioning=True, variance="learned", label_dropout=0.1
+        tmp_path, scale=4, model={"num_classes": 3}, self_conditioning=True, variance="learned", label_dropout=0.1
     )
     root, null = keys.root(0, "sample"), 3
 
