@@ -310,7 +310,7 @@ def make_generate(
         raise ConfigError(f"limit={limit} is not one of {', '.join(diffusion.LIMITS)}")
     if options.get("variance") == "learned" != choices.variance:
         raise ConfigError("variance=learned, but the model was trained without a learned variance")
-    _check_guidance(experiment, guidance, interval, guidance_method, guidance_options, guide)
+    _check_guidance(experiment, steps, guidance, interval, guidance_method, guidance_options, guide)
     sampler = samplers.make_sampler(sampler, schedule, {"variance": choices.variance}, **options)
     times = schedule.times(steps, spacing)
     make_denoiser = diffusion.make_denoiser_with_variance if sampler.needs_variance else diffusion.make_denoiser
@@ -340,8 +340,11 @@ def make_generate(
     return samplers.make_generate(denoiser, sampler, times, start, frames, view)
 
 
-def _check_guidance(experiment, scale, interval, method, options, guide):
-    """Raise ConfigError for guidance that is impossible with this experiment, or that would have no effect."""
+def _check_guidance(experiment, steps, scale, interval, method, options, guide):
+    """Raise ConfigError for guidance that is impossible with this experiment, or that would have no effect.
+
+    Warns of many steps with CFG++, as each one guides by the same amount, however short it is.
+    """
     T, table = experiment.schedule.T, conditioning.GUIDANCES
     if method not in table:
         raise ConfigError(f"guidance_method={method} is not one of {', '.join(table)}")
@@ -360,6 +363,12 @@ def _check_guidance(experiment, scale, interval, method, options, guide):
         raise ConfigError(f"{what} has no effect with guidance=1, which is no guidance; set it to 2, for example")
     if not (none or guide or experiment.config.diffusion.label_dropout):
         raise ConfigError(f"guidance={scale:g} needs a model trained with diffusion.label_dropout, or a guide")
+    if table[method].renoise and scale and steps > 100:
+        warnings.warn(
+            f"guidance_method={method} guides more strongly the more steps there are; {steps} are far more than the 50 "
+            "of its paper, so use fewer, or a smaller guidance",
+            stacklevel=3,
+        )
 
 
 def _guided_net(experiment, scale, interval):

@@ -71,6 +71,19 @@ def test_a_step_of_cfgpp_is_the_published_one(linear, scale):
     np.testing.assert_allclose(x_s, np.sqrt(BAR[s]) * x_0_hat + np.sqrt(1 - BAR[s]) * eps_hat, atol=1e-5)
 
 
+def test_cfgpp_moves_the_mean_in_proportion_to_the_number_of_steps(linear):
+    """Of two Gaussians of one spread. Guidance by cfg moves it by scale times their distance, with any number."""
+    good, base, found = (0.2, 0.5), (0.0, 0.5), {}
+    for n, name in itertools.product((100, 200), ("cfg", "cfg++")):
+        sampler = samplers.renoised(samplers.ddim(linear), linear) if name == "cfg++" else samplers.ddim(linear)
+        predict = guided(linear, name, 1.0 if name == "cfg++" else 2.0, good, base)
+        x_0 = samplers.run_sampler(predict, sampler, linear.times(n), jax.random.key(0), jnp.zeros(1))[0][-1]
+        found[n, name] = x_0.item()
+    assert found[200, "cfg++"] / found[100, "cfg++"] == pytest.approx(2, rel=0.05)
+    assert found[100, "cfg++"] > 5 * good[0]
+    assert [found[n, "cfg"] for n in (100, 200)] == pytest.approx([2 * good[0]] * 2, abs=5e-3)
+
+
 def test_cfgpp_of_ddpm_is_that_of_ddim_with_eta_1(linear):
     x_t, key = jax.random.normal(jax.random.key(0), (64,)), jax.random.key(1)
     for t, s in [(1000, 500), (500, 20), (2, 1), (1, 0)]:
@@ -209,14 +222,15 @@ def test_guidance_passes_on_all_that_a_prediction_can_carry(tmp_path):
     )
     root, null = keys.root(0, "sample"), 3
 
-    def draw(label, params=params, **options):
-        generate = experiment.make_generate(parts, "ddpm", 4, preview=True, frames=4, **options)
+    def draw(sampler, label, params=params, **options):
+        generate = experiment.make_generate(parts, sampler, 4, preview=True, frames=4, **options)
         return jax.jit(generate)(params, root, 1, label)[0].astype(int)
 
-    of_class, of_none = draw(1), draw(null)
-    assert np.abs(draw(1, (params, params), guide=parts, guidance=4.0) - of_class).max() <= 1
-    assert np.abs(draw(1, guidance_method="cfg++", guidance=0.0) - of_none).max() <= 1
-    assert np.abs(of_class - of_none).max() > 5
+    guided = draw("ddpm", 1, (params, params), guide=parts, guidance=4.0)
+    assert np.abs(guided - draw("ddpm", 1)).max() <= 1
+    unlabelled = draw("ddim", null)
+    assert np.abs(draw("ddim", 1, guidance_method="cfg++", guidance=0.0) - unlabelled).max() <= 1
+    assert np.abs(draw("ddim", 1, guidance_method="cfg++", guidance=1.0) - unlabelled).max() > 5
 
 
 # --- the command
@@ -241,6 +255,19 @@ def test_a_run_is_guided_by_itself_or_by_an_earlier_step_of_another(run, call, t
     )
     np.testing.assert_array_equal(same, wanted)
     assert np.any(guided != wanted)
+
+
+def test_options_of_a_method_reach_it(call, tmp_path):
+    """apg that keeps all of the update is cfg; with a short norm it is nearly the network itself."""
+    folder = make_run(tmp_path, scale=4, model={"num_classes": 3}, label_dropout=0.1)[0]
+    apg, given = "--guidance-method=apg", (f"--workdir={folder}", "--guidance=4")
+    cfg, whole, short = (
+        drawn(call, tmp_path / str(i), *given, *more)
+        for i, more in enumerate(([], [apg, "--guidance-parallel=1"], [apg, "--guidance-norm=1e-4"]))
+    )
+    assert np.abs(whole - cfg).max() <= 1
+    assert np.abs(short - drawn(call, tmp_path / "plain", given[0])).max() <= 1
+    assert np.abs(short - cfg).max() > 5
 
 
 def test_the_guide_is_recorded_and_another_one_is_not_mixed_in(run, call, tmp_path):
@@ -268,6 +295,7 @@ def test_without_guidance_the_record_is_that_of_older_versions():
         (["--guide=nowhere", "--guidance=2"], 4, "there is no run in nowhere (no folder checkpoints); train first, or"),
         (["--guide-weights=raw"], 2, "--guide-weights needs --guide"),
         (["--guidance-norm=-1"], 2, "--guidance-norm=-1.0 must be at least 0"),
+        (["--reconstruct=a.png", "--sampler=ddim", "--guidance-method=cfg++"], 2, "cannot undo the steps of"),
         (["--guide=RUN", "--guidance-method=cfg++", "--sampler=heun"], 2, "CFG++ does not work with this sampler"),
     ],
 )

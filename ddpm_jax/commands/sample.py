@@ -290,6 +290,8 @@ def check_edit(args, config):
         raise errors.ConfigError(f"--reconstruct makes one image; leave --num={args.num} out")
     if args.reconstruct and (args.sampler != "ddim" or args.eta):
         raise errors.ConfigError("--reconstruct needs the deterministic sampler: set --sampler=ddim and no --eta")
+    if args.reconstruct and args.guidance_method == "cfg++":
+        raise errors.ConfigError("--reconstruct cannot undo the steps of --guidance-method=cfg++; use cfg or apg")
 
 
 def read(path, shape, value_range=()):
