@@ -183,6 +183,14 @@ def test_a_guide_of_another_kind_and_schedule_gives_the_same_samples(guide):
     assert np.abs(np.float64(found) - np.float64(unguided)).max() > 5
 
 
+def test_many_steps_of_cfgpp_are_warned_of(recwarn):
+    parts = small_experiment({"num_classes": 3}, T=200, label_dropout=0.1)
+    experiment.make_generate(parts, "ddim", 100, guidance_method="cfg++", guidance=0.5)
+    assert not recwarn
+    with pytest.warns(UserWarning, match="101 are far more than the 50 of its paper"):
+        experiment.make_generate(parts, "ddim", 101, guidance_method="cfg++", guidance=0.5)
+
+
 def test_what_cannot_guide_is_refused():
     plain, classes = small_experiment(), small_experiment({"num_classes": 3}, label_dropout=0.1)
     other = experiment.make(plain.config, (8, 8, 1))
