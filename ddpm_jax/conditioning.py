@@ -78,7 +78,7 @@ class Guidance(NamedTuple):
 
 
 def extrapolate(x_0_hat, base, scale) -> jax.Array:
-    """base + scale (x_0_hat - base): Ho & Salimans 2022, eq. 6, and Karras et al. 2024, eq. 3."""
+    """base + scale (x_0_hat - base): Ho & Salimans 2022, eq. 6; autoguidance, Karras et al. 2024."""
     return x_0_hat + (scale - 1) * (x_0_hat - base)
 
 
@@ -88,7 +88,7 @@ def interpolate(x_0_hat, base, scale) -> jax.Array:
 
 
 def project(x_0_hat, base, scale, parallel=0.0, norm=jnp.inf) -> jax.Array:
-    """Adaptive projected guidance (Sadat et al. 2024, algorithm 1) without momentum.
+    """Adaptive projected guidance (Sadat et al. 2024) without momentum.
 
     The update x_0_hat - base, if longer, is shortened to the L2 norm `norm` (the paper's r). Its part along x_0_hat,
     which mainly raises contrast and saturation, is multiplied by `parallel` (the paper's eta). parallel = 1 with an

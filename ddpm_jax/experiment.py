@@ -173,11 +173,13 @@ def find_run(path: str | Path, step: int = 0, option: str = "--workdir") -> tupl
     raise CheckpointError(f"there is no run in {path} (no folder {checkpoints}); train first, or change {option}")
 
 
-def restore(workdir: Path, weights: str, step: int | None = None, member: int = 0) -> tuple[Experiment, Any, int]:
+def restore(
+    workdir: Path, weights: str, step: int | None = None, member: int = 0, option: str = "--weights"
+) -> tuple[Experiment, Any, int]:
     """(Experiment, parameters, step) from the checkpoint of `step`, by default the newest intact one.
 
     weights: "ema", "raw", or the sigma_rel of a post-hoc EMA, for which `step` counts updates and is by default that of
-    the last snapshot; member: which member of an ensemble.
+    the last snapshot; member: which member of an ensemble; option: the one that gave `weights`, for error messages.
     """
     folder = workdir / "checkpoints"
     parts: Any = None  # the Experiment of the checkpoint
@@ -185,7 +187,7 @@ def restore(workdir: Path, weights: str, step: int | None = None, member: int = 
     newest = folder / str(step or max(checkpoint.steps(folder), default=0))
     if newest.is_dir() and not all((newest / item).is_dir() for item in items):
         other = "raw" if weights == "ema" else "ema"
-        raise CheckpointError(f"{newest} has no {items[0]}; try --weights={other}, or another --step")
+        raise CheckpointError(f"{newest} has no {items[0]}; try {option}={other}, or another --step")
 
     def make_templates(meta):
         nonlocal parts
@@ -404,8 +406,8 @@ def _check_guide(experiment, guide):
     pairs = [("shape", experiment.shape, guide.shape)]
     if guide.config.model.num_classes:
         pairs.append(("number of classes", experiment.config.model.num_classes, guide.config.model.num_classes))
-        named = [(parts.classes or ())[:10] for parts in (experiment, guide)]
-        pairs += [("first classes", *named)] if all(named) else []
+        names = zip(experiment.classes or (), guide.classes or (), strict=False)  # some runs have no names
+        pairs += [(f"name of class {i}", own, other) for i, (own, other) in enumerate(names)]
     for what, own, other in pairs:
         if own != other:
             raise ConfigError(f"the {what} of the guide is {other}, of the model {own}; take another guide")

@@ -200,7 +200,7 @@ def test_what_cannot_guide_is_refused():
         (
             classes._replace(classes=("a", "b", "c")),
             {"guide": classes._replace(classes=("a", "c", "b")), "guidance": 2},
-            "first classes of the guide",
+            "the name of class 1 of the guide is c, of the model b",
         ),
         (plain, {"guide": plain}, "a guide has no effect with guidance=1"),
         (classes, {"guidance_method": "apg"}, "guidance_method=apg has no effect"),

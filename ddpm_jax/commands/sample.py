@@ -83,7 +83,7 @@ def main(argv=None):
     check_no_samples(args, out, indices)
     parallel.start(args.batch_size, platform=args.platform, distributed="off", cpu_devices=args.cpu_devices)
     parts, params, step = experiment.restore(workdir, args.weights, step, args.member)
-    guide = experiment.restore(guide_at[0], args.guide_weights, guide_at[1], args.member) if guide_at else None
+    guide = experiment.restore(*guide_at, "--guide-weights") if guide_at else None
     given = (params, guide[1]) if guide else params
     steps, labels = args.steps or parts.config.diffusion.T, choose_labels(args.label, parts, indices)
     draw = make_draw(args, parts, steps, guide[0] if guide else None)
@@ -95,12 +95,15 @@ def main(argv=None):
 
 
 def find_guide(args):
-    """(folder of the run, step or None for the newest) of --guide; None without it."""
+    """(folder of the run, weights, step or None for the newest, member) of --guide; None without it."""
     from ddpm_jax import experiment
 
     if not args.guide and args.guide_weights != Args.guide_weights:
         raise errors.ConfigError("--guide-weights needs --guide")
-    return experiment.find_run(args.guide, option="--guide") if args.guide else None
+    if not args.guide:
+        return None
+    folder, step = experiment.find_run(args.guide, option="--guide")
+    return folder, args.guide_weights, step, args.member
 
 
 def check_no_samples(args, out, indices):
