@@ -3,6 +3,9 @@
 net(params, x_t, t, key=None, label=None, augmentation=None) -> output        a key means training
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -72,3 +75,68 @@ def self_conditioning(net, schedule, parameterization):
         return forward(estimate)
 
     return conditioned
+
+
+# Guidance of x_0_hat: away from the prediction of a worse denoiser, `base`. That is the network without the label, or
+# another, worse network (autoguidance, Karras et al. 2024).
+
+
+class Guidance(NamedTuple):
+    """A way to guide x_0_hat away from `base`, the x_0_hat of a worse denoiser."""
+
+    combine: Callable  # (x_0_hat, base, scale, **options) -> guided x_0_hat
+    renoise: bool = False  # whether eps_hat is that of `base`, so that the sampler must be samplers.renoised
+    scales: tuple[float, float] = (-jnp.inf, jnp.inf)  # the range of `scale`
+
+
+def extrapolate(x_0_hat, base, scale) -> jax.Array:
+    """base + scale (x_0_hat - base): Ho & Salimans 2022, eq. 6; autoguidance, Karras et al. 2024."""
+    return x_0_hat + (scale - 1) * (x_0_hat - base)
+
+
+def interpolate(x_0_hat, base, scale) -> jax.Array:
+    """base + scale (x_0_hat - base) for a scale from 0 to 1, the lambda of CFG++ (Chung et al. 2024, algorithm 2)."""
+    return base + scale * (x_0_hat - base)
+
+
+def project(x_0_hat, base, scale, parallel=0.0, norm=jnp.inf) -> jax.Array:
+    """Adaptive projected guidance (Sadat et al. 2024) without momentum.
+
+    The update x_0_hat - base, if longer, is shortened to the L2 norm `norm` (the paper's r). Its part along x_0_hat,
+    which mainly raises contrast and saturation, is multiplied by `parallel` (the paper's eta). parallel = 1 with an
+    infinite norm is `extrapolate`.
+    """
+    update = x_0_hat - base
+    update *= jnp.minimum(1.0, norm / jnp.sqrt(jnp.sum(update**2)))
+    along = jnp.sum(update * x_0_hat) / jnp.maximum(jnp.sum(x_0_hat**2), jnp.finfo(x_0_hat.dtype).tiny) * x_0_hat
+    return x_0_hat + (scale - 1) * (update - (1 - parallel) * along)
+
+
+GUIDANCES = {
+    "cfg": Guidance(extrapolate),
+    "cfg++": Guidance(interpolate, renoise=True, scales=(0.0, 1.0)),
+    "apg": Guidance(project),
+}
+
+
+def guided_denoiser(predict, base, guidance, scale, limit=lambda x_0_hat: x_0_hat, low=0.0, high=jnp.inf, **options):
+    """predict(x_t, t) with its x_0_hat guided away from base(x_t, t) -> x_0_hat, at times from `low` to `high`.
+
+    predict, base: denoisers without a limit, which is applied to the result; guidance: an entry of GUIDANCES, with its
+    options. With guidance.renoise the result is (guided prediction, prediction of base), for samplers.renoised. Outside
+    the interval `predict` takes the place of `base`. A variance that is predicted too is that of `predict`.
+    """
+
+    def guided_predict(x_t, t, *estimate):
+        (x_0_hat, *variance), structure = jax.tree.flatten(predict(x_t, t, *estimate))
+        base_x_0_hat = jnp.where((t >= low) & (t <= high), base(x_t, t, *estimate), x_0_hat)
+        guided_x_0_hat = guidance.combine(x_0_hat, base_x_0_hat, scale, **options)
+        prediction, of_base = (structure.unflatten([limit(x), *variance]) for x in (guided_x_0_hat, base_x_0_hat))
+        return (prediction, of_base) if guidance.renoise else prediction
+
+    return guided_predict
+
+
+def at_equal_noise(predict, schedule, own_schedule):
+    """predict(x_t, t), a denoiser trained on `own_schedule`, as one for the times of `schedule`."""
+    return lambda x_t, t, *estimate: predict(x_t, own_schedule.t_from_logsnr(schedule.logsnr(t)), *estimate)

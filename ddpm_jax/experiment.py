@@ -1,6 +1,7 @@
 """From a Config to the parts of an experiment: schedule, network, loss, training step, sampling."""
 
 import difflib
+import inspect
 import json
 import os
 import re
@@ -216,9 +217,10 @@ def _check_signal(choices, schedule):
         )
 
 
-def find_run(path: str | Path, step: int = 0) -> tuple[Path, int | None]:
+def find_run(path: str | Path, step: int = 0, option: str = "--workdir") -> tuple[Path, int | None]:
     """(folder of the run, step or None for the newest). `path` is that folder, its checkpoints, or one of them.
 
+    option: the one that gave `path`, for the message of an error.
     Raises CheckpointError when it is none of these, and ConfigError when it is a checkpoint of another step.
     """
     folder, checkpoints = expand(path), "checkpoints"
@@ -229,16 +231,18 @@ def find_run(path: str | Path, step: int = 0) -> tuple[Path, int | None]:
         return folder.parent, step or None
     if folder.parent.name == checkpoints and folder.parent.is_dir() and folder.name.isdigit():
         if step not in (0, int(folder.name)):
-            raise ConfigError(f"--workdir={path} and --step={step} are different steps; leave one of them out")
+            raise ConfigError(f"{option}={path} and --step={step} are different steps; leave one of them out")
         return folder.parent.parent, int(folder.name)
-    raise CheckpointError(f"there is no run in {path} (no folder {checkpoints}); train first, or change --workdir")
+    raise CheckpointError(f"there is no run in {path} (no folder {checkpoints}); train first, or change {option}")
 
 
-def restore(workdir: Path, weights: str, step: int | None = None, member: int = 0) -> tuple[Experiment, Any, int]:
+def restore(
+    workdir: Path, weights: str, step: int | None = None, member: int = 0, option: str = "--weights"
+) -> tuple[Experiment, Any, int]:
     """(Experiment, parameters, step) from the checkpoint of `step`, by default the newest intact one.
 
     weights: "ema", "raw", or the sigma_rel of a post-hoc EMA, for which `step` counts updates and is by default that of
-    the last snapshot; member: which member of an ensemble.
+    the last snapshot; member: which member of an ensemble; option: the one that gave `weights`, for error messages.
     """
     folder = workdir / "checkpoints"
     parts: Any = None  # the Experiment of the checkpoint
@@ -246,7 +250,7 @@ def restore(workdir: Path, weights: str, step: int | None = None, member: int = 
     newest = folder / str(step or max(checkpoint.steps(folder), default=0))
     if newest.is_dir() and not all((newest / item).is_dir() for item in items):
         other = "raw" if weights == "ema" else "ema"
-        raise CheckpointError(f"{newest} has no {items[0]}; try --weights={other}, or another --step")
+        raise CheckpointError(f"{newest} has no {items[0]}; try {option}={other}, or another --step")
 
     def make_templates(meta):
         nonlocal parts
@@ -353,43 +357,140 @@ def make_generate(
     guidance=1.0,
     interval=(),
     edit=None,
+    guidance_method="cfg",
+    guidance_options=(),
+    guide=None,
     **options,
 ):
     """`samplers.make_generate` with this experiment's network and variance; `options` are those of the sampler.
 
     preview: the frames show x_0_hat instead of x_t; limit: a name in diffusion.LIMITS; guidance, interval: the scale
-    and the times of classifier-free guidance; edit: see editing.py, by default sampling from pure noise.
+    and the times of guidance; guidance_method: a name in conditioning.GUIDANCES, with a dict of options; guide: the
+    Experiment of a worse network to guide away from (autoguidance), by default the same network without the label. With
+    a guide, params are the pair (params, params of the guide). edit: see editing.py, by default sampling from pure
+    noise.
     """
     choices, schedule = experiment.config.diffusion, experiment.schedule
     if limit not in diffusion.LIMITS:
         raise ConfigError(f"limit={limit} is not one of {', '.join(diffusion.LIMITS)}")
     if options.get("variance") == "learned" != choices.variance:
         raise ConfigError("variance=learned, but the model was trained without a learned variance")
-    net = _guided_net(experiment, guidance, interval)
+    _check_guidance(experiment, steps, guidance, interval, guidance_method, guidance_options, guide)
     sampler = samplers.make_sampler(sampler, schedule, {"variance": choices.variance}, **options)
+    times = schedule.times(steps, spacing)
     make_denoiser = diffusion.make_denoiser_with_variance if sampler.needs_variance else diffusion.make_denoiser
+    parts = schedule, experiment.parameterization
+    if guide is None and guidance_method == "cfg":
+        net = _guided_net(experiment, guidance, interval)
 
-    def denoiser(params, label):
-        return make_denoiser(net, schedule, experiment.parameterization, params, label, diffusion.LIMITS[limit])
+        def denoiser(params, label):
+            return make_denoiser(net, *parts, params, label, diffusion.LIMITS[limit])
+
+    else:
+        method, base = conditioning.GUIDANCES[guidance_method], _make_base(experiment, guide, times)
+        arguments = method, guidance, diffusion.LIMITS[limit], *interval
+        sampler = samplers.renoised(sampler, schedule) if method.renoise else sampler
+
+        def denoiser(params, label):
+            own, others = (params, params) if guide is None else params
+            predict = make_denoiser(experiment.net, *parts, own, label)
+            return conditioning.guided_denoiser(predict, base(others, label), *arguments, **dict(guidance_options))
 
     if choices.self_conditioning:
         sampler = samplers.self_conditioned(sampler)
     elif preview:
         sampler = samplers.with_preview(sampler)
-    times = schedule.times(steps, spacing)
     sampler, times, start = (edit or editing.from_noise(schedule, experiment.shape))(sampler, times)
     view = (lambda x, memory: memory[1]) if preview else (lambda x, memory: x)
     return samplers.make_generate(denoiser, sampler, times, start, frames, view)
 
 
+def _check_guidance(experiment, steps, scale, interval, method, options, guide):
+    """Raise ConfigError for guidance that is impossible with this experiment, or that would have no effect.
+
+    Warns of many steps with CFG++, as each one guides by the same amount, however short it is.
+    """
+    T, table = experiment.schedule.T, conditioning.GUIDANCES
+    if method not in table:
+        raise ConfigError(f"guidance_method={method} is not one of {', '.join(table)}")
+    low, high = table[method].scales
+    if not low <= scale <= high:
+        raise ConfigError(f"guidance={scale:g} must be from {low:g} to {high:g} with guidance_method={method}")
+    known = list(inspect.signature(table[method].combine).parameters)[3:]
+    for option in options:
+        if option not in known:
+            raise ConfigError(f"guidance_method={method} has no option {option}; it has {', '.join(known) or 'none'}")
+    none = scale == 1 and not table[method].renoise
+    if interval and (none or not 0 <= interval[0] <= interval[1] <= T):
+        raise ConfigError(f"interval={interval[0]:g},{interval[1]:g} needs guidance, and 0 <= LOW <= HIGH <= {T:g}")
+    if none and (guide or method != "cfg"):
+        what = "a guide" if guide else f"guidance_method={method}"
+        raise ConfigError(f"{what} has no effect with guidance=1, which is no guidance; set it to 2, for example")
+    if not (none or guide or experiment.config.diffusion.label_dropout):
+        raise ConfigError(f"guidance={scale:g} needs a model trained with diffusion.label_dropout, or a guide")
+    if table[method].renoise and scale and steps > 100:
+        warnings.warn(
+            f"guidance_method={method} guides more strongly the more steps there are; {steps} are far more than the 50 "
+            "of its paper, so use fewer, or a smaller guidance",
+            stacklevel=3,
+        )
+
+
 def _guided_net(experiment, scale, interval):
     """The experiment's network with classifier-free guidance of that scale at the times of the interval."""
-    T = experiment.schedule.T
-    if interval and (scale == 1 or not 0 <= interval[0] <= interval[1] <= T):
-        raise ConfigError(f"interval={interval[0]:g},{interval[1]:g} needs guidance, and 0 <= LOW <= HIGH <= {T:g}")
     if scale == 1:
         return experiment.net
-    if not experiment.config.diffusion.label_dropout:
-        raise ConfigError(f"guidance={scale:g} needs a model trained with diffusion.label_dropout")
     null, channels = experiment.config.model.num_classes, experiment.shape[-1]
     return conditioning.guided(experiment.net, scale, null, *interval, channels=channels)
+
+
+def _make_base(experiment, guide, times):
+    """base(params, label) -> the denoiser to guide away from: the guide's, or the experiment's own without a label."""
+    schedule, parameterization = experiment.schedule, experiment.parameterization
+    if guide is None:
+        null = experiment.config.model.num_classes
+        return lambda params, label: diffusion.make_denoiser(experiment.net, schedule, parameterization, params, null)
+    _check_guide(experiment, guide)
+    same_schedule = _check_noise_levels(schedule, guide.schedule, times)
+    shared = guide.config.diffusion.self_conditioning and experiment.config.diffusion.self_conditioning
+    net = guide.net if shared else guide.image_net
+
+    def base(params, label):
+        label = label if guide.config.model.num_classes else None
+        predict = diffusion.make_denoiser(net, guide.schedule, guide.parameterization, params, label)
+        predict = predict if same_schedule else conditioning.at_equal_noise(predict, schedule, guide.schedule)
+        return predict if shared else lambda x_t, t, *estimate: predict(x_t, t)
+
+    return base
+
+
+def _check_guide(experiment, guide):
+    """Raise ConfigError for a guide of another shape, or of other classes. One without classes suits all."""
+    pairs = [("shape", experiment.shape, guide.shape)]
+    if guide.config.model.num_classes:
+        pairs.append(("number of classes", experiment.config.model.num_classes, guide.config.model.num_classes))
+        names = zip(experiment.classes or (), guide.classes or (), strict=False)  # some runs have no names
+        pairs += [(f"name of class {i}", own, other) for i, (own, other) in enumerate(names)]
+    for what, own, other in pairs:
+        if own != other:
+            raise ConfigError(f"the {what} of the guide is {other}, of the model {own}; take another guide")
+
+
+def _check_noise_levels(schedule, other, times):
+    """Whether both schedules are the same at these times. Raises ConfigError for a level that `other` does not have.
+
+    (alpha, sigma) may be 0.02 off, which is more than discrete schedules with 100 times are off between their times.
+    """
+    levels = schedule.logsnr(times[:-1])
+    if type(schedule) is type(other) and schedule.T == other.T and np.array_equal(levels, other.logsnr(times[:-1])):
+        return True
+    nearest = other.logsnr(jax.vmap(other.t_from_logsnr)(levels))
+    pairs = zip(diffusion.alpha_sigma(levels), diffusion.alpha_sigma(nearest), strict=True)
+    errors = np.hypot(*(np.asarray(a - b) for a, b in pairs))
+    if errors.max() > 0.02:
+        i = errors.argmax()
+        raise ConfigError(
+            f"the guide's schedule has no time with the noise of t={times[i]:g} of the model (log-SNR {levels[i]:.2f}, "
+            f"the nearest {nearest[i]:.2f}); take a guide with a schedule closer to the model's"
+        )
+    return False

@@ -92,9 +92,9 @@ def _pack_first(init_state, place):
 def make_draw(parts: Experiment, sampler: str, steps: int, *args, **options) -> Callable:
     """draw(params, num, seed=0, labels=None, batch_size=64, start=0): images `start` to `num` of a seed, in batches.
 
-    params: a tree or a vectors.Vector. Batches are uint8 (b, frames, H, W, C); the last frame is the sample. Without
-    labels, a class-conditional model cycles through its classes. Arguments: see experiment.make_generate. Raises
-    Diverged for a non-finite image.
+    params: a tree or a vectors.Vector; with a guide the pair of the model's and the guide's. Batches are uint8
+    (b, frames, H, W, C); the last frame is the sample. Without labels, a class-conditional model cycles through its
+    classes. Arguments: see experiment.make_generate. Raises Diverged for a non-finite image.
     """
     generate = parallel.pmap_generate(experiment.make_generate(parts, sampler, steps, *args, **options))
 

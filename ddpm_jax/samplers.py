@@ -27,6 +27,7 @@ class Sampler(NamedTuple):
     init: Callable
     step: Callable
     needs_variance: bool = False  # whether `predict` must come from diffusion.make_denoiser_with_variance
+    separable: bool = False  # whether x_s is alpha_s x_0_hat plus terms of eps_hat and noise, all of (x_t, t)
 
 
 def no_memory(x_T):
@@ -48,7 +49,7 @@ def ddpm(schedule: Schedule, variance: str = "fixedsmall") -> Sampler:
         scale = jnp.sqrt(reverse_variance(logsnr_t, logsnr_s, nu))
         return mean + scale * jax.random.normal(key, x_t.shape), memory
 
-    return Sampler(no_memory, step, variance == "learned")
+    return Sampler(no_memory, step, variance == "learned", separable=True)
 
 
 def ddim(schedule: Schedule, eta: float = 0.0) -> Sampler:
@@ -69,7 +70,7 @@ def ddim(schedule: Schedule, eta: float = 0.0) -> Sampler:
         kept, fresh = jnp.sqrt(1 - eta**2 * share), eta * jnp.sqrt(share)
         return alpha_s * x_0_hat + sigma_s * (kept * eps_hat + fresh * noise), memory
 
-    return Sampler(no_memory, step)
+    return Sampler(no_memory, step, separable=True)
 
 
 def dpmpp_2m(schedule: Schedule) -> Sampler:
@@ -214,7 +215,27 @@ def with_preview(sampler: Sampler) -> Sampler:
         x_s, own_memory = sampler.step(cached_predict, key, x_t, t, s, memory[0])
         return x_s, (own_memory, jax.tree.leaves(prediction)[0])
 
-    return Sampler(init, step, sampler.needs_variance)
+    return sampler._replace(init=init, step=step)
+
+
+def renoised(sampler: Sampler, schedule: Schedule) -> Sampler:
+    """`sampler` for predict(x_t, t) -> (prediction, base): x_0_hat is that of `prediction`, eps_hat that of `base`.
+
+    This is CFG++ (Chung et al. 2024, algorithm 2). As x_s is alpha_s x_0_hat plus terms of eps_hat, it is a step with
+    `base`, plus alpha_s times the difference of the two x_0_hat. Raises ConfigError for a sampler that is not
+    `separable`.
+    """
+    if not sampler.separable:
+        names = " or ".join(name for name, make in SAMPLERS.items() if make(schedule).separable)
+        raise ConfigError(f"CFG++ does not work with this sampler; use {names}")
+
+    def step(predict, key, x_t, t, s, memory):
+        prediction, base = predict(x_t, t)
+        x_s, memory = sampler.step(lambda x, time: base, key, x_t, t, s, memory)
+        x_0_hat, base_x_0_hat = (jax.tree.leaves(tree)[0] for tree in (prediction, base))
+        return x_s + alpha_sigma(schedule.logsnr(s))[0] * (x_0_hat - base_x_0_hat), memory
+
+    return sampler._replace(step=step)
 
 
 def self_conditioned(sampler: Sampler) -> Sampler:

@@ -36,8 +36,13 @@ class Args(options.Arguments):
     weights: str = options.option(*options.WEIGHTS)
     member: int = options.option(*options.MEMBER)
     label: str | None = options.option(None, "class of all images, a number or a name; by default all in turn")
-    guidance: float = options.option(1.0, "scale of classifier-free guidance; 1 for none", options.finite)
+    guidance: float = options.option(1.0, "scale of the guidance; 1 for none (from 0 to 1 with cfg++)", options.finite)
     interval: tuple[float, ...] = options.option((), "LOW,HIGH: guide only at these times; at all when empty", PAIR)
+    guidance_method: str = options.option("cfg", "how to guide, a name in ddpm_jax.conditioning.GUIDANCES")
+    guidance_norm: float = options.option(0.0, "of apg: longest update of x_0_hat (L2); 0 for any", options.at_least(0))
+    guidance_parallel: float = options.option(0.0, "of apg: factor of the update's part along x_0_hat", options.finite)
+    guide: str = options.option("", "folder of a worse run to guide away from (autoguidance), or of one step of it")
+    guide_weights: str = options.option("ema", "the same as --weights, of --guide", options.WEIGHTS[2])
     interpolate: tuple[str, ...] = options.option((), "FILE,FILE: two pictures; draw --num images between them", PAIR)
     level: float = options.option(0.0, "the time t at which --interpolate mixes them; 0 for T / 2", options.at_least(0))
     inpaint: str = options.option("", "a picture, to be repainted where --mask is white")
@@ -73,15 +78,32 @@ def main(argv=None):
     from ddpm_jax import experiment, parallel
 
     workdir, step = experiment.find_run(args.workdir, args.step)
+    guide_at = find_guide(args)
     out, indices = expand(args.out or workdir / "out"), np.arange(1 if args.reconstruct else args.num)
     check_no_samples(args, out, indices)
     parallel.start(args.batch_size, platform=args.platform, distributed="off", cpu_devices=args.cpu_devices)
     parts, params, step = experiment.restore(workdir, args.weights, step, args.member)
+    guide = experiment.restore(*guide_at, "--guide-weights") if guide_at else None
+    given = (params, guide[1]) if guide else params
     steps, labels = args.steps or parts.config.diffusion.T, choose_labels(args.label, parts, indices)
-    draw = functools.partial(make_draw(args, parts, steps), params, len(indices), args.seed, labels, args.batch_size)
+    draw = make_draw(args, parts, steps, guide[0] if guide else None)
+    draw = functools.partial(draw, given, len(indices), args.seed, labels, args.batch_size)
     title = f"step {step:,} of {workdir}, {args.weights} weights, {args.sampler} with {steps} steps"
-    record = provenance(args, len(indices), params, step, steps)
+    title += f", guided by step {guide[2]:,} of {guide_at[0]}, {args.guide_weights} weights" if guide else ""
+    record = provenance(args, len(indices), params, step, steps, guide)
     return draw_and_write(args, out, title, record, indices, labels, parts.shape, draw)
+
+
+def find_guide(args):
+    """(folder of the run, weights, step or None for the newest, member) of --guide; None without it."""
+    from ddpm_jax import experiment
+
+    if not args.guide and args.guide_weights != Args.guide_weights:
+        raise errors.ConfigError("--guide-weights needs --guide")
+    if not args.guide:
+        return None
+    folder, step = experiment.find_run(args.guide, option="--guide")
+    return folder, args.guide_weights, step, args.member
 
 
 def check_no_samples(args, out, indices):
@@ -95,14 +117,16 @@ def check_no_samples(args, out, indices):
             raise errors.ConfigError(f"{out} already holds samples ({name}); take another --out, or add --overwrite")
 
 
-def make_draw(args, parts, steps):
-    """program.make_draw with the options of the command line."""
+def make_draw(args, parts, steps, guide=None):
+    """program.make_draw with the options of the command line; guide: the Experiment of --guide."""
     from ddpm_jax import keys, program
 
     frames, edit = FRAMES if args.gif else 1, choose_edit(args, parts, keys.root(args.seed, "sample"))
     arguments = args.spacing, frames, args.preview, args.limit, args.guidance, args.interval, edit
     given = {name: getattr(args, name) for name in ("eta", "churn", "variance") if getattr(args, name) is not None}
-    return program.make_draw(parts, args.sampler, steps, *arguments, **given)
+    guiding = {"norm": args.guidance_norm, "parallel": args.guidance_parallel}
+    guiding = args.guidance_method, {name: value for name, value in guiding.items() if value}, guide
+    return program.make_draw(parts, args.sampler, steps, *arguments, *guiding, **given)
 
 
 def draw_and_write(args, out, title, record, indices, labels, shape, draw):
@@ -168,8 +192,12 @@ def files(args, indices):
     return [samples, "grid.png", *pngs, *(["denoising.gif"] if args.gif else [])]
 
 
-def provenance(args, num, params, step, steps):
-    """{"settings": everything that determines the images, "environment": what changes them at most by rounding}."""
+def provenance(args, num, params, step, steps, guide=None):
+    """{"settings": everything that determines the images, "environment": what changes them at most by rounding}.
+
+    guide: (Experiment, parameters, step) of --guide. Options of guidance at their defaults are left out, so that what
+    older versions began can be continued.
+    """
     from ddpm_jax import parallel
     from ddpm_jax.run import checkpoint, trees
 
@@ -180,7 +208,11 @@ def provenance(args, num, params, step, steps):
         settings[name] = [f"{zlib.crc32(expand(path).read_bytes()):08x}" for path in paths if path]
     environment = checkpoint.versions() | {"devices": parallel.describe()}
     environment |= {name: settings[name] for name in ("batch_size", "gif", "preview")}
-    for name in (*IRRELEVANT, "batch_size", "gif", "preview"):
+    if guide:
+        settings["guide"] = {"step": guide[2], "parameters": f"{trees.digest(guide[1]):08x}"}
+    unused = ("guidance_method", "guidance_norm", "guidance_parallel", "guide", "guide_weights")
+    unused = [name for name in unused if settings[name] == getattr(Args, name)]
+    for name in (*IRRELEVANT, "batch_size", "gif", "preview", *unused):
         del settings[name]
     return json.loads(json.dumps({"settings": settings, "environment": environment}))
 
@@ -261,6 +293,8 @@ def check_edit(args, config):
         raise errors.ConfigError(f"--reconstruct makes one image; leave --num={args.num} out")
     if args.reconstruct and (args.sampler != "ddim" or args.eta):
         raise errors.ConfigError("--reconstruct needs the deterministic sampler: set --sampler=ddim and no --eta")
+    if args.reconstruct and args.guidance_method == "cfg++":
+        raise errors.ConfigError("--reconstruct cannot undo the steps of --guidance-method=cfg++; use cfg or apg")
 
 
 def read(path, shape, value_range=()):
