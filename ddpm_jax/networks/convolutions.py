@@ -34,8 +34,8 @@ class Forms(NamedTuple):
 def choose_forms(shape, kernel_shape, stride=1, padding=SAME, dtype=jnp.float32):
     """The Forms of the convolution of x, of `shape` (N, H, W, C), with a kernel of `kernel_shape` (kh, kw, C, F).
 
-    `python -m benchmarks.convolutions` measures all of them (docs/performance.md). N does not count: a network of one
-    image does not know it. XLA's own gradients are chosen only where no other form fits, because they are slow in loops.
+    `python -m benchmarks.convolutions` measures all of them (docs/performance.md). N does not count, because a network
+    of one image does not know it. XLA's own gradients, slow in loops, are chosen only where no other form fits.
     """
     given = shape[1:3], kernel_shape[:2], stride, padding
     if fits("minimal_filtering", *given) and dtype == jnp.float32 and min(kernel_shape[2:]) >= MIN_CHANNELS:
@@ -193,7 +193,7 @@ class Form(NamedTuple):
     kernel_gradient: Callable  # (y, x, size, stride, padding) -> gradient of the kernel
 
 
-def _with_transposes(function, prepare=lambda y, other: other):
+def with_transposes(function, prepare=lambda y, other: other):
     """The Form of function(x, kernel, stride, padding), whose gradients are its transposes.
 
     prepare(y, other) is applied to the other argument of a gradient, the kernel or x.
@@ -243,11 +243,11 @@ def _transposed_padding(size, padding):
 
 
 FORMS = {
-    "xla": _with_transposes(direct),
+    "xla": with_transposes(direct),
     "convolution": Form(direct, _input_gradient_as_convolution, _kernel_gradient_as_convolution),
-    "im2col": _with_transposes(im2col),
-    "minimal_filtering": _with_transposes(lambda x, kernel, stride, padding: minimal_filtering(x, kernel), _defer),
-    "phases": _with_transposes(phases),
+    "im2col": with_transposes(im2col),
+    "minimal_filtering": with_transposes(lambda x, kernel, stride, padding: minimal_filtering(x, kernel), _defer),
+    "phases": with_transposes(phases),
 }
 
 
