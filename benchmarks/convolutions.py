@@ -11,18 +11,23 @@ import collections
 import dataclasses
 import statistics
 import sys
+import time
 from typing import NamedTuple
 
 from benchmarks.__main__ import BenchmarkArgs, make_timer, median_and_range
 from ddpm_jax import config as configs
 from ddpm_jax import errors, options
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 FIRST_OF_DOUBLING = (2, 2), ((1, 0), (1, 0))  # kernel and padding of the first of its four convolutions
 
 
 @dataclasses.dataclass(frozen=True)
 class Args(BenchmarkArgs):
     rounds: int = options.option(15, "measurements of each form", options.at_least(1))
+    clock: str = options.option(
+        "wall", "or cpu, the processor time of all threads: for a machine with other work", options.one_of(*CLOCKS)
+    )
     milliseconds: float = options.option(5.0, "duration of a measurement, if a call is shorter", options.above(0))
 
 
@@ -146,12 +151,12 @@ def forms_of(case):
 
 def measure(case, args):
     """{name: seconds in each round} of the forms, which take turns."""
-    timers = make_timers(case, args.milliseconds / 1e3)
+    timers = make_timers(case, args.milliseconds / 1e3, CLOCKS[args.clock])
     rounds = [{name: time_calls() for name, time_calls in timers.items()} for _ in range(args.rounds)]
     return {name: [seconds[name] for seconds in rounds] for name in timers}
 
 
-def make_timers(case, least):
+def make_timers(case, least, clock):
     """{name: a function that returns the seconds of a call}, averaged over calls that take about `least` seconds."""
     import jax
     import jax.numpy as jnp
@@ -174,8 +179,12 @@ def make_timers(case, least):
     functions = {getattr(form, case.operation): name for name, form in reversed(list(forms.items()))}  # some share one
     for function, name in functions.items():
         program = jax.pmap(lambda a, b, function=function: function(a, b, *size, *rest))
-        seconds = make_timer(lambda _, program=program: program(*arrays), None, 1)()
-        timers[name] = make_timer(lambda _, program=program: program(*arrays), None, max(1, round(least / seconds)))
+
+        def call(_, program=program):
+            return program(*arrays)
+
+        block = max(1, round(least / make_timer(call, None, 1)()))
+        timers[name] = make_timer(call, None, block, clock)
     return timers
 
 

@@ -47,11 +47,12 @@ def choose_forms(shape, kernel_shape, stride=1, padding=SAME, dtype=jnp.float32)
 
 
 def fits(form, sides, size, stride, padding):
-    """Whether `form`, a name in FORMS, exists for images and a kernel of these sides."""
+    """Whether `form`, a name in FORMS, can compute the convolution: (height, width) of images and kernel."""
     even = size == (3, 3) and not any(side % 2 for side in sides)
+    halving = stride == 2 and all(low in (0, 1) and low + high in (1, 2) for low, high in padding)
     return {
         "minimal_filtering": even and stride == 1 and padding == SAME,
-        "phases": even and stride == 2,
+        "phases": even and halving,
         "convolution": stride == 1,
     }.get(form, True)
 
@@ -110,8 +111,8 @@ def upsampled(x, kernel, *_, **__):
 
 
 def direct(x, kernel, stride=1, padding=SAME):
-    """XLA's own convolution; of 1x1, its product of matrices."""
-    if kernel.shape[:2] == (1, 1) and stride == 1:
+    """XLA's own convolution; of 1x1 without padding, its product of matrices."""
+    if kernel.shape[:2] == (1, 1) and stride == 1 and not any(map(any, padding)):
         return lax.dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
     return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
@@ -170,7 +171,10 @@ def _interleave(parts):
 
 
 def phases(x, kernel, stride=2, padding=((0, 1), (0, 1))):
-    """The 3x3 convolution of stride 2 for even sides, as four of stride 1: of even and odd rows and columns."""
+    """The 3x3 convolution of stride 2 from even sides to half of them, as four of stride 1.
+
+    They are of even and odd rows and columns.
+    """
 
     def phase(parity, low):
         """(the first of every second weight that meets pixels of this parity, their padding) along one axis."""
@@ -225,9 +229,9 @@ def _input_gradient_as_convolution(y, kernel, size, stride, padding):
 def _kernel_gradient_as_convolution(y, x, size, stride, padding):
     """A convolution in which each channel of `a` is an image, whose channels are the images of the batch.
 
-    `b` is its kernel. Of 1x1, a product.
+    `b` is its kernel. Of 1x1 without padding, a product.
     """
-    if size == (1, 1):
+    if size == (1, 1) and not any(map(any, padding)):
         return lax.dot_general(x, y, (((0, 1, 2), (0, 1, 2)), ((), ())))[None, None]
     # The barrier keeps what computes x and y out of the loops that transpose them, which read with strides.
     x, y = lax.optimization_barrier((x, y))
