@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from benchmarks import __main__ as main
-from benchmarks import growth, nets, peers, reference
+from benchmarks import convolutions, growth, nets, peers, reference
 from ddpm_jax import config as configs
 from ddpm_jax import experiment, options
 from ddpm_jax.errors import ConfigError
@@ -64,6 +64,71 @@ def test_the_estimated_work_is_about_what_xla_counts(drawn):
         x = jax.ShapeDtypeStruct(parts.shape, np.float32)
         flops = jax.jit(parts.net).lower(experiment.params_shape(parts), x, 1).cost_analysis()["flops"]
         assert nets.training_flops(config) == pytest.approx(3 * config.train.batch_size * flops, rel=0.25)
+
+
+# --- convolutions
+
+TINY = options.replace(
+    configs.load(ROOT / "configs" / "digits.py"),
+    {"model.channels": 4, "model.groups": 2, "model.multipliers": (1, 1), "train.batch_size": 16},
+)
+
+
+@pytest.fixture(scope="module")
+def cases():
+    return convolutions.find_cases(TINY)
+
+
+def test_the_convolutions_of_a_step_are_those_of_the_parameters(cases):
+    """Each kernel is used once and has a gradient; the first convolution's input has none."""
+    kernels = [leaf.shape for leaf in jax.tree.leaves(experiment.params_shape(experiment.make(TINY, (8, 8, 1))))]
+    number = sum(shape[:2] == (3, 3) and len(shape) == 4 for shape in kernels)
+    found = dict.fromkeys(("output", "kernel_gradient", "input_gradient"), 0)
+    for case, count in cases.items():
+        assert case.kernel in kernels
+        assert case.image[0] == TINY.train.batch_size // jax.device_count()
+        found[case.operation] += count
+    assert list(found.values()) == [number, number, number - 1]
+    assert sum(count for case, count in cases.items() if case.doubling) == 3
+    assert sum(count for case, count in cases.items() if case.stride == 2) == 3
+
+
+def test_the_forms_of_a_doubling_are_one_convolution(cases):
+    random = np.random.default_rng(0)
+    case = next(case for case in cases if case.doubling)
+    x, kernel = (random.normal(size=shape).astype(np.float32) for shape in (case.image, case.kernel))
+    one, other = (form.output(x, kernel, 1, case.padding) for form in convolutions.forms_of(case).values())
+    assert one.shape == (len(x), 2 * x.shape[1], 2 * x.shape[2], kernel.shape[3])
+    np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_the_table_of_convolutions(monkeypatch, capsys, cases):
+    """With times of 3 for the chosen form, 2 for the others: the ratios, and their mean weighted by time and number."""
+    enabled = jax.config.jax_enable_compilation_cache
+
+    def measure(case, args):
+        names = convolutions.forms_of(case)
+        return {name: [3.0 if name == case.chosen else 2.0] * args.rounds for name in names}
+
+    monkeypatch.setattr(convolutions, "measure", measure)
+    monkeypatch.setattr(configs, "load", lambda *_: TINY)
+    try:
+        assert convolutions.main(["--config=configs/digits.py", "--rounds=2"]) == 0
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+    out = capsys.readouterr().out
+    assert out.count(" | 1.500 (1.500 to 1.500) |") == len(cases)
+    assert out.endswith("\nwhole step, chosen forms / quickest forms: 1.500 (1.500 to 1.500)\n")
+
+
+def test_forms_take_turns(cases):
+    """Of each operation once, in real time."""
+    args = convolutions.Args(rounds=2, milliseconds=0.1)
+    for operation in ("output", "input_gradient", "kernel_gradient"):
+        case = next(case for case in cases if case.operation == operation and case.stride == 2)
+        seconds = convolutions.measure(case, args)
+        assert {case.chosen, "xla", "im2col", "phases"} == set(seconds)
+        assert all(0 < value < 10 for values in seconds.values() for value in values)
 
 
 # --- growth

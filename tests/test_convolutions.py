@@ -1,5 +1,6 @@
 """The quick forms of convolutions against SciPy's sums in float64 and against XLA's own convolution."""
 
+import itertools
 import re
 
 import jax
@@ -61,6 +62,9 @@ FORMS = {
     "halving few pixels": ((2, 3), (3, 3), 3, 2, 2, ((0, 1), (1, 1))),
     "one pixel": ((1, 1), (3, 3), 4, 2, 1, ((1, 1), (1, 1))),
     "products": ((4, 6), (1, 1), 3, 2, 1, ((0, 0), (0, 0))),
+    "padded products": ((4, 6), (1, 1), 3, 2, 1, ((1, 0), (0, 2))),
+    "halving without padding": ((4, 6), (3, 3), 3, 2, 2, ((0, 0), (0, 0))),
+    "halving of what came before": ((4, 6), (3, 3), 2, 3, 2, ((2, 0), (2, 0))),
 }
 
 
@@ -111,6 +115,50 @@ def test_every_derivative_is_that_of_xlas_convolution(both, what):
     ours, theirs = (jax.tree.leaves(side[what]) for side in both)
     for mine, other in zip(ours, theirs, strict=True):
         close(mine, other, 5e-6)
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_every_form_that_fits_is_xlas_convolution(kind):
+    """Also those that are not chosen for these shapes."""
+    sides, size, channels, features, stride, padding = FORMS[kind]
+    x, kernel = draw((2, *sides, channels), (*size, channels, features))
+    (y,) = draw(convolutions.direct(x, kernel, stride, padding).shape, seed=1)
+
+    def theirs(x, kernel):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=numbers)
+
+    @jax.jit
+    def all_of():
+        ours = {
+            name: (
+                form.output(x, kernel, stride, padding),
+                form.input_gradient(y, kernel, sides, stride, padding),
+                form.kernel_gradient(y, x, size, stride, padding),
+            )
+            for name, form in convolutions.FORMS.items()
+            if convolutions.fits(name, sides, size, stride, padding)
+        }
+        return ours, (theirs(x, kernel), *jax.vjp(theirs, x, kernel)[1](y))
+
+    ours, reference = all_of()
+    assert len(ours) >= 2
+    for found in ours.values():
+        for mine, other in zip(found, reference, strict=True):
+            close(mine, other, 5e-6)
+
+
+def test_a_form_that_fits_is_chosen_and_gradients_in_loops_are_fast():
+    """For all small sides. XLA's own gradient is slow in loops, and other forms exist for a stride of 1."""
+    channels, paddings = (1, WIDE - 1, WIDE), [((1, 1), (1, 1)), ((0, 1), (0, 1)), ((0, 0), (0, 0))]
+    sizes, strides, dtypes = ((3, 3), (2, 2), (1, 1)), (1, 2), (jnp.float32, jnp.bfloat16)
+    for height, width, c, f, size, stride, padding, dtype in itertools.product(
+        range(1, 6), range(1, 6), channels, channels, sizes, strides, paddings, dtypes
+    ):
+        forms = convolutions.choose_forms((1, height, width, c), (*size, c, f), stride, padding, dtype)
+        assert all(convolutions.fits(name, (height, width), size, stride, padding) for name in forms)
+        assert stride == 2 or "xla" not in forms[1:]
+        assert dtype == jnp.float32 or "minimal_filtering" not in forms
 
 
 @pytest.mark.parametrize(

@@ -34,10 +34,9 @@ COMMANDS = {  # as they are typed: the module that has their options
     "-m ddpm_jax": "ddpm_jax.__main__",
     **{f"-m ddpm_jax.{name}": f"ddpm_jax.{name}.__main__" for name in ("data", "run", "plots", "schedules", "interop")},
     "-m benchmarks": "benchmarks.__main__",
-    **{
-        f"-m benchmarks.{name}": f"benchmarks.{name}"
-        for name in ("checkpoints", "maps", "samplers", "ensemble", "growth", "nets", "peers", "scale", "variants")
-    },
+    **{f"-m benchmarks.{name}": f"benchmarks.{name}" for name in ("checkpoints", "convolutions", "ensemble", "growth")},
+    **{f"-m benchmarks.{name}": f"benchmarks.{name}" for name in ("maps", "nets", "peers", "samplers")},
+    **{f"-m benchmarks.{name}": f"benchmarks.{name}" for name in ("scale", "variants")},
 }
 
 

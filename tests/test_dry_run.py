@@ -129,8 +129,8 @@ def test_large_images_have_no_minimal_filtering_in_a_dry_run_on_a_cpu(name, shap
     made = str(jax.make_jaxpr(lambda *args: parts.net(*args))(params, x, 1))
     with convolutions.direct_only():
         other = str(jax.make_jaxpr(lambda *args: parts.net(*args))(params, x, 1))
-    assert ("minimal=True" in made) == (name != "digits")
-    assert "minimal=True" not in other
+    assert ("minimal_filtering" in made) == (name != "digits")
+    assert "minimal_filtering" not in other
     assert math.isfinite(convolutions.MIN_CHANNELS)
 
 

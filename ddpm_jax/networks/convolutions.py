@@ -9,7 +9,9 @@ outside (findings/xla-gradients-in-loops.sh). Here both are convolutions that it
 
 import contextlib
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +19,48 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-MIN_CHANNELS = 128  # from this number on, minimal filtering is faster on CPU; with 32 and 64 channels it was slower
+MIN_CHANNELS = 128  # of input and output, from which minimal filtering is faster (see choose_forms)
 SAME = ((1, 1), (1, 1))
+
+
+class Forms(NamedTuple):
+    """Names in FORMS: how a convolution and its two gradients are computed on CPU."""
+
+    output: str
+    input_gradient: str
+    kernel_gradient: str
+
+
+def choose_forms(shape, kernel_shape, stride=1, padding=SAME, dtype=jnp.float32):
+    """The Forms of the convolution of x, of `shape` (N, H, W, C), with a kernel of `kernel_shape` (kh, kw, C, F).
+
+    `python -m benchmarks.convolutions` measures all of them (docs/performance.md). N does not count, because a network
+    of one image does not know it. XLA's own gradients, slow in loops, are chosen only where no other form fits.
+    """
+    given = shape[1:3], kernel_shape[:2], stride, padding
+    if fits("minimal_filtering", *given) and dtype == jnp.float32 and min(kernel_shape[2:]) >= MIN_CHANNELS:
+        return Forms(*["minimal_filtering"] * 3)
+    if math.prod(shape[1:3]) < math.prod(kernel_shape[:2]):
+        return Forms(*["im2col"] * 3)
+    gradient = next(name for name in ("convolution", "phases", "xla") if fits(name, *given))
+    return Forms("xla", gradient, gradient)
+
+
+def fits(form, sides, size, stride, padding):
+    """Whether `form`, a name in FORMS, can compute the convolution: (height, width) of images and kernel."""
+    even = size == (3, 3) and not any(side % 2 for side in sides)
+    halving = stride == 2 and all(low in (0, 1) and low + high in (1, 2) for low, high in padding)
+    return {
+        "minimal_filtering": even and stride == 1 and padding == SAME,
+        "phases": even and halving,
+        "convolution": stride == 1,
+    }.get(form, True)
 
 
 def convolve(x, kernel, strides=(1, 1), padding="SAME", **options):
     """The convolution with stride 1 or 2 and zero padding ((top, bottom), (left, right)), SAME or VALID.
 
-    Minimal filtering for many channels on CPU, otherwise XLA's own. Raises ValueError for groups and dilations.
+    On CPU in the forms of `choose_forms`, otherwise XLA's own. Raises ValueError for groups and dilations.
     """
     dilated = {*(options.get("lhs_dilation") or ()), *(options.get("rhs_dilation") or ())} - {1}
     if tuple(strides) not in ((1, 1), (2, 2)) or options.get("feature_group_count", 1) != 1 or dilated:
@@ -33,10 +69,8 @@ def convolve(x, kernel, strides=(1, 1), padding="SAME", **options):
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(x.shape[1:3], size, strides, padding)
     padding = tuple(map(tuple, padding))
-    plain = stride == 1 and size == (3, 3) and padding == SAME and x.dtype == jnp.float32
-    even = x.shape[1] % 2 == x.shape[2] % 2 == 0
-    minimal = plain and even and min(kernel.shape[2:]) >= MIN_CHANNELS
-    return _convolution.bind(x, kernel, stride=stride, padding=padding, minimal=minimal)
+    forms = choose_forms(x.shape, kernel.shape, stride, padding, x.dtype)
+    return _convolution.bind(x, kernel, stride=stride, padding=padding, forms=forms)
 
 
 def product(x, kernel, dimension_numbers, **_):
@@ -77,8 +111,8 @@ def upsampled(x, kernel, *_, **__):
 
 
 def direct(x, kernel, stride=1, padding=SAME):
-    """XLA's own convolution; of 1x1, its product of matrices."""
-    if kernel.shape[:2] == (1, 1) and stride == 1:
+    """XLA's own convolution; of 1x1 without padding, its product of matrices."""
+    if kernel.shape[:2] == (1, 1) and stride == 1 and not any(map(any, padding)):
         return lax.dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
     return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
@@ -136,12 +170,11 @@ def _interleave(parts):
     return jnp.stack(rows, 2).reshape(n, 2 * height, 2 * width, features)
 
 
-def _splits_into_phases(sides, size):
-    return size == (3, 3) and not any(side % 2 for side in sides)
+def phases(x, kernel, stride=2, padding=((0, 1), (0, 1))):
+    """The 3x3 convolution of stride 2 from even sides to half of them, as four of stride 1.
 
-
-def _phases(x, kernel, padding):
-    """The 3x3 convolution of stride 2 for even sides, as four of stride 1: of even and odd rows and columns."""
+    They are of even and odd rows and columns.
+    """
 
     def phase(parity, low):
         """(the first of every second weight that meets pixels of this parity, their padding) along one axis."""
@@ -156,24 +189,29 @@ def _phases(x, kernel, padding):
     return total
 
 
-def _transpose_x(function):
-    """The function (y, kernel, size) -> gradient of x (N, *size, C), for function(x, kernel)."""
+class Form(NamedTuple):
+    """A way to compute a convolution and its gradients; `size` is the height and width of what a gradient is of."""
 
-    def input_gradient(y, kernel, size):
-        x = jax.ShapeDtypeStruct((len(y), *size, kernel.shape[2]), y.dtype)
-        return jax.linear_transpose(lambda x: function(x, kernel), x)(y)[0]
-
-    return input_gradient
+    output: Callable  # (x, kernel, stride, padding) -> y
+    input_gradient: Callable  # (y, kernel, size, stride, padding) -> gradient of x
+    kernel_gradient: Callable  # (y, x, size, stride, padding) -> gradient of the kernel
 
 
-def _transpose_kernel(function):
-    """The function (y, x, size) -> gradient of the kernel (*size, C, F), for function(x, kernel)."""
+def with_transposes(function, prepare=lambda y, other: other):
+    """The Form of function(x, kernel, stride, padding), whose gradients are its transposes.
 
-    def kernel_gradient(y, x, size):
-        kernel = jax.ShapeDtypeStruct((*size, x.shape[-1], y.shape[-1]), x.dtype)
-        return jax.linear_transpose(lambda kernel: function(x, kernel), kernel)(y)[0]
+    prepare(y, other) is applied to the other argument of a gradient, the kernel or x.
+    """
 
-    return kernel_gradient
+    def input_gradient(y, kernel, size, stride, padding):
+        x, kernel = jax.ShapeDtypeStruct((len(y), *size, kernel.shape[2]), y.dtype), prepare(y, kernel)
+        return jax.linear_transpose(lambda x: function(x, kernel, stride, padding), x)(y)[0]
+
+    def kernel_gradient(y, x, size, stride, padding):
+        kernel, x = jax.ShapeDtypeStruct((*size, x.shape[-1], y.shape[-1]), x.dtype), prepare(y, x)
+        return jax.linear_transpose(lambda kernel: function(x, kernel, stride, padding), kernel)(y)[0]
+
+    return Form(function, input_gradient, kernel_gradient)
 
 
 def _defer(y, other):
@@ -184,42 +222,18 @@ def _defer(y, other):
     return other + 0 * y[0, 0, 0, 0]
 
 
-def _few_pixels(sides, size):
-    return math.prod(sides) < math.prod(size)
-
-
-def _on_cpu(x, kernel, stride, padding, minimal):
-    if minimal:
-        return minimal_filtering(x, kernel)
-    form = im2col if _few_pixels(x.shape[1:3], kernel.shape[:2]) else direct
-    return form(x, kernel, stride, padding)
-
-
-def _input_gradient_on_cpu(y, kernel, size, stride, padding, minimal):
-    if minimal:
-        return _transpose_x(minimal_filtering)(y, _defer(y, kernel), size)
-    if _few_pixels(size, kernel.shape[:2]):
-        return _transpose_x(partial(im2col, stride=stride, padding=padding))(y, kernel, size)
-    if stride == 2 and _splits_into_phases(size, kernel.shape[:2]):
-        return _transpose_x(partial(_phases, padding=padding))(y, kernel, size)
-    if stride == 2:
-        return _input_gradient_by_xla(y, kernel, size, stride, padding, minimal)
+def _input_gradient_as_convolution(y, kernel, size, stride, padding):
     return direct(y, kernel[::-1, ::-1].swapaxes(2, 3), 1, _transposed_padding(kernel.shape[:2], padding))
 
 
-def _kernel_gradient_on_cpu(y, x, size, stride, padding, minimal):
-    if minimal:
-        return _transpose_kernel(minimal_filtering)(y, _defer(y, x), size)
-    if _few_pixels(x.shape[1:3], size):
-        return _transpose_kernel(partial(im2col, stride=stride, padding=padding))(y, x, size)
-    if stride == 2 and _splits_into_phases(x.shape[1:3], size):
-        return _transpose_kernel(partial(_phases, padding=padding))(y, x, size)
-    if stride == 2:
-        return _kernel_gradient_by_xla(y, x, size, stride, padding, minimal)
-    if size == (1, 1):
+def _kernel_gradient_as_convolution(y, x, size, stride, padding):
+    """A convolution in which each channel of `a` is an image, whose channels are the images of the batch.
+
+    `b` is its kernel. Of 1x1 without padding, a product.
+    """
+    if size == (1, 1) and not any(map(any, padding)):
         return lax.dot_general(x, y, (((0, 1, 2), (0, 1, 2)), ((), ())))[None, None]
-    # A convolution in which each channel of `a` is an image, whose channels are the images of the batch; `b` is its
-    # kernel. The barrier keeps what computes x and y out of the loops that transpose them, which read with strides.
+    # The barrier keeps what computes x and y out of the loops that transpose them, which read with strides.
     x, y = lax.optimization_barrier((x, y))
     a, b = (y, x) if y.shape[3] < x.shape[3] else (x, y)
     around = padding if a is x else _transposed_padding(size, padding)
@@ -232,16 +246,13 @@ def _transposed_padding(size, padding):
     return [(side - 1 - low, side - 1 - high) for side, (low, high) in zip(size, padding, strict=True)]
 
 
-def _by_xla(x, kernel, stride, padding, minimal):
-    return direct(x, kernel, stride, padding)
-
-
-def _input_gradient_by_xla(y, kernel, size, stride, padding, minimal):
-    return _transpose_x(partial(direct, stride=stride, padding=padding))(y, kernel, size)
-
-
-def _kernel_gradient_by_xla(y, x, size, stride, padding, minimal):
-    return _transpose_kernel(partial(direct, stride=stride, padding=padding))(y, x, size)
+FORMS = {
+    "xla": with_transposes(direct),
+    "convolution": Form(direct, _input_gradient_as_convolution, _kernel_gradient_as_convolution),
+    "im2col": with_transposes(im2col),
+    "minimal_filtering": with_transposes(lambda x, kernel, stride, padding: minimal_filtering(x, kernel), _defer),
+    "phases": with_transposes(phases),
+}
 
 
 # The convolution and its two gradients are primitives for two reasons: the implementation is chosen when the platform
@@ -249,10 +260,21 @@ def _kernel_gradient_by_xla(y, x, size, stride, padding, minimal):
 # the gradient of a kernel slow. Each primitive is linear in both arguments; its transposes are the other two.
 
 
-def _primitive(name, default, on_cpu, shape, static=("size", "stride", "padding", "minimal"), merge_batch=True):
-    """A primitive of two arrays. merge_batch: vmap may merge its axis into the images of the first argument."""
+def _primitive(name, operation, shape, static=("size", "stride", "padding", "forms"), merge_batch=True):
+    """A primitive of two arrays, for the `operation` that is a field of Form and of Forms.
+
+    merge_batch: vmap may merge its axis into the images of the first argument.
+    """
     primitive = Primitive(name)
-    default, on_cpu = (jax.jit(function, static_argnames=static) for function in (default, on_cpu))
+
+    @partial(jax.jit, static_argnames=static)
+    def default(*arrays, forms, **options):
+        return getattr(FORMS["xla"], operation)(*arrays, **options)
+
+    @partial(jax.jit, static_argnames=static)
+    def on_cpu(*arrays, forms, **options):
+        return getattr(FORMS[getattr(forms, operation)], operation)(*arrays, **options)
+
     compiled = jax.jit(primitive.bind, static_argnames=static)
 
     def run(*arrays, **options):
@@ -275,22 +297,20 @@ def _primitive(name, default, on_cpu, shape, static=("size", "stride", "padding"
     return primitive
 
 
-def _output_shape(x, kernel, stride, padding, minimal):
+def _output_shape(x, kernel, stride, padding, forms):
     sides = zip(x.shape[1:3], kernel.shape[:2], padding, strict=True)
     return (x.shape[0], *((n + sum(pad) - k) // stride + 1 for n, k, pad in sides), kernel.shape[3])
 
 
-_convolution = _primitive("convolution", _by_xla, _on_cpu, _output_shape, ("stride", "padding", "minimal"))
+_convolution = _primitive("convolution", "output", _output_shape, ("stride", "padding", "forms"))
 _input_gradient = _primitive(
     "convolution_input_gradient",
-    _input_gradient_by_xla,
-    _input_gradient_on_cpu,
+    "input_gradient",
     lambda y, kernel, size, **_: (y.shape[0], *size, kernel.shape[2]),
 )
 _kernel_gradient = _primitive(
     "convolution_kernel_gradient",
-    _kernel_gradient_by_xla,
-    _kernel_gradient_on_cpu,
+    "kernel_gradient",
     lambda y, x, size, **_: (*size, x.shape[3], y.shape[3]),
     merge_batch=False,
 )
