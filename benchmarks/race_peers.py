@@ -207,7 +207,7 @@ def main(out, data, start, minutes, threads, seed, num, evaluations, multiple, u
     curve = [[n, float(np.mean(losses[max(0, n - WINDOW) : n]))] for n in [*range(WINDOW, steps, WINDOW), steps]]
     speed = batch_size * (steps - 1) / (times[-1] - times[0]) if steps > 1 else None
     record = {"steps": steps, "seconds": took, "batch_size": batch_size, "images_per_second": speed, "curve": curve}
-    record |= {"versions": f"{version}, torch {torch.__version__}", "loss": curve[-1][1]}
+    record |= {"versions": f"{version}, torch {torch.__version__}"}
     Path(out, "training.json").write_text(json.dumps(record))
     generator, drawn = torch.Generator().manual_seed(seed), []
     with torch.no_grad():

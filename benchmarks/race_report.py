@@ -102,7 +102,8 @@ def section(race, found, pictures):
         f"## {race['name']}",
         "",
         f"{settings['minutes']:g} minutes on {source}: {numbers['train']:,} training images and "
-        f"{numbers['held_out']:,} held-out images of {height}x{width}x{channels}; {settings['num']:,} samples by {settings['evaluations']} "
+        f"{numbers['held_out']:,} held-out images of {height}x{width}x{channels}; {settings['num']:,} samples by "
+        f"{settings['evaluations']} "
         f"evaluations; seeds {', '.join(map(str, seeds)) or 'none'}; {race['machine']}; Python {race['python']}, "
         f"jax {versions['jax']}, revision {race['revision'] or 'unknown'}"
         + "".join(f"; {text}" for text in sorted({r["versions"] for rs in found.values() for r in rs if r["peer"]}))

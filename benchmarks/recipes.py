@@ -24,6 +24,7 @@ from ddpm_jax.run.files import expand
 ROOT = Path(__file__).absolute().parents[1]
 SAMPLE = "sample."  # before the options of sample.py among the changes
 CALLS = {"heun": 2, "edm": 2}  # network evaluations in a step of a sampler, where not one
+LOG_EVERY, NEVER = 20, "10000000"  # steps
 GRACE = 1.02  # a run that chooses its number of steps may take so much of its time
 
 
@@ -165,12 +166,12 @@ def run_ours(recipe, job, seed, folder):
 
     root, workdir, seconds = recipe.root, folder / "run", 60 * job.minutes
     options_ = {"data.source": f"npz:{job.data}", "data.image_size": "", "data.channels": "0", "train.seed": str(seed)}
-    options_ |= {"train.sample_every": "10000000", "train.checkpoint_every": "10000000", "train.sample_num": "1"}
-    options_ |= {"train.sample_steps": "2"}
+    options_ |= {"train.sample_every": NEVER, "train.checkpoint_every": NEVER, "train.log_every": str(LOG_EVERY)}
+    options_ |= {"train.sample_num": "1", "train.sample_steps": "2"}  # of the grid after the last step
     if has_minutes(root):
         options_["train.minutes"], limit = f"{job.minutes:g}", GRACE * seconds
     else:
-        options_["train.steps"], limit = "10000000", seconds
+        options_["train.steps"], limit = NEVER, seconds
     options_ |= {name: text for name, text in recipe.changes.items() if not name.startswith(SAMPLE)}
     command = [f"--config=configs/{recipe.name}.py", *(f"--config.{name}={text}" for name, text in options_.items())]
     cold = {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # compilation is a part of the time
@@ -194,11 +195,18 @@ def run_ours(recipe, job, seed, folder):
         "seconds": took,
         "batch_size": config["train"]["batch_size"],
         "images_per_second": statistics.median(speeds) if speeds else None,
-        "curve": [[row["step"], row["loss"]] for row in rows],
-        "loss": rows[-1]["loss"] if rows else None,
+        "curve": smooth([(row["step"], row["loss"]) for row in rows]),
         "sampling": " ".join(f"{name}={text}" for name, text in choices.items()),
         "revision": last.get("git"),
     }
+
+
+def smooth(points, window=race_peers.WINDOW):
+    """[[step, mean loss of the `window` steps before]] of (step, loss): for each `window` steps, and for the last."""
+    last = points[-1][0] if points else 0
+    ends = [*range(window, last, window), last]
+    losses = {end: [loss for step, loss in points if end - window < step <= end] for end in ends}
+    return [[end, statistics.mean(found)] for end, found in losses.items() if found]
 
 
 def ours(root, log, command, limit=None, **variables):
