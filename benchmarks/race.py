@@ -8,7 +8,8 @@ and grids of all races in OUT is written after each run; --report only writes it
 
 A recipe is the name of a config in configs/, or diffusers, diffusers_small, diffusers_best or ddpm_pytorch, which run
 in --their-python. Changes follow a colon: "folder_cpu:train.learning_rate=1e-3;sample.sampler=ddim" has options of the
-config and of sample.py. folder_cpu@DIR is that of another revision of this project, in the folder DIR.
+config and of sample.py. folder_cpu@DIR is that of another revision of this project, in the folder DIR. A config chooses
+its number of steps by train.minutes; one of a revision without it is stopped by SIGTERM when the time is over.
 """
 
 import dataclasses

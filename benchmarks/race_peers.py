@@ -58,10 +58,9 @@ LEVELS = {"diffusers": 6, "denoising_diffusion_pytorch": 4}  # of the networks w
 
 def batches(images, batch_size, flip, seed):
     """Yield float32 batches (b, C, H, W) in 0..1 of uint8 images (N, H, W, C), in a new order in each epoch."""
-    random = np.random.default_rng(seed)
+    random, number = np.random.default_rng(seed), len(images) // batch_size
     while True:
-        order = random.permutation(len(images))
-        for rows in np.split(order[: len(order) // batch_size * batch_size], len(order) // batch_size):
+        for rows in np.split(random.permutation(len(images))[: number * batch_size], number):
             batch = images[rows]
             if flip:
                 flipped = random.random(len(batch)) < 0.5
@@ -71,7 +70,8 @@ def batches(images, batch_size, flip, seed):
 
 def pad(images, multiple):
     """uint8 (N, H, W, C) padded by its edges so that `multiple` divides H and W."""
-    margins = [((-side % multiple) // 2, -(side % -multiple) - (-side % multiple) // 2) for side in images.shape[1:3]]
+    missing = [-side % multiple for side in images.shape[1:3]]
+    margins = [(total // 2, total - total // 2) for total in missing]
     return np.pad(images, ((0, 0), *margins, (0, 0)), mode="edge")
 
 
@@ -197,6 +197,8 @@ def main(out, data, start, minutes, threads, seed, num, evaluations, multiple, u
     make = {"diffusers": make_diffusers, "denoising_diffusion_pytorch": make_ddpm_pytorch}[settings["library"]]
     take_step, sample, version = make(settings, unet, images.shape[1:])
     batch_size, losses, times = settings["batch_size"] * settings.get("accumulate", 1), [], []
+    if batch_size > len(images):
+        sys.exit(f"batches of {batch_size}, but there are only {len(images)} images")
     source = batches(images, batch_size, settings["flip"], seed)
     while (elapsed := time.time() - start) < seconds:
         times.append(elapsed)

@@ -93,37 +93,41 @@ def average(records, name):
 
 def section(race, found, pictures):
     """The part of the page about one race; its grids are copied to the folder `pictures`."""
-    settings, numbers = race["settings"], race["numbers"]
-    seeds = sorted({record["seed"] for records in found.values() for record in records})
-    source = race["data"] + (f" and {race['held_out']}" if not race["held_out"].isdigit() and race["held_out"] else "")
-    height, width, channels = race["shape"]
-    versions = race["versions"]
-    lines = [
-        f"## {race['name']}",
-        "",
-        f"{settings['minutes']:g} minutes on {source}: {numbers['train']:,} training images and "
-        f"{numbers['held_out']:,} held-out images of {height}x{width}x{channels}; {settings['num']:,} samples by "
-        f"{settings['evaluations']} "
-        f"evaluations; seeds {', '.join(map(str, seeds)) or 'none'}; {race['machine']}; Python {race['python']}, "
-        f"jax {versions['jax']}, revision {race['revision'] or 'unknown'}"
-        + "".join(f"; {text}" for text in sorted({r["versions"] for rs in found.values() for r in rs if r["peer"]}))
-        + ".",
-        "",
-        f"| {' | '.join(COLUMNS)} |",
-        f"|---|{'---:|' * (len(COLUMNS) - 1)}",
-        *(row(name, [{"metrics": metrics}]) for name, metrics in race["references"].items()),
-        *(row(f"`{name}`", records) for name, records in found.items()),
-        "",
-    ]
-    grids = [("held-out images", race["folder"] / "held_out.png")]
-    grids += [
-        (f"`{name}`, {records[0]['sampling']}", records[0]["folder"] / "grid.png") for name, records in found.items()
-    ]
+    rows = [row(name, [{"metrics": metrics}]) for name, metrics in race["references"].items()]
+    rows += [row(f"`{name}`", records) for name, records in found.items()]
+    grids = [("Held-out images", race["folder"] / "held_out.png")]
+    for name, (first, *_) in found.items():
+        grids.append((f"`{name}`, seed {first['seed']}, {first['sampling']}", first["folder"] / "grid.png"))
+    lines = [f"## {race['name']}", "", describe(race, found), ""]
+    lines += [f"| {' | '.join(COLUMNS)} |", f"|---|{'---:|' * (len(COLUMNS) - 1)}", *rows, ""]
     for number, (title, grid) in enumerate(grids):
         copy = pictures / f"{race['name']}-{number}.png"
         shutil.copyfile(grid, copy)
-        lines += [f"{title}:", "", f"![64 images of {title.replace('`', '')}]({copy.relative_to(pictures.parent)})", ""]
+        lines += [f"{title}:", "", f"![{title.replace('`', '')}]({pictures.name}/{copy.name})", ""]
     return "\n".join(lines)
+
+
+def describe(race, found):
+    """What a race depends on, as one sentence."""
+    settings, numbers, records = (
+        race["settings"],
+        race["numbers"],
+        [record for each in found.values() for record in each],
+    )
+    source = race["data"]
+    if race["held_out"] and not race["held_out"].isdigit():
+        source += f" and {race['held_out']}"
+    seeds = ", ".join(str(seed) for seed in sorted({record["seed"] for record in records})) or "none"
+    texts = [
+        f"{settings['minutes']:g} minutes on {source}: {numbers['train']:,} training images and "
+        f"{numbers['held_out']:,} held-out images of {'x'.join(map(str, race['shape']))}",
+        f"{settings['num']:,} samples by {settings['evaluations']} evaluations",
+        f"seeds {seeds}",
+        race["machine"],
+        f"Python {race['python']}, jax {race['versions']['jax']}, revision {race['revision'] or 'unknown'}",
+        *sorted({record["versions"] for record in records if record["peer"]}),
+    ]
+    return "; ".join(texts) + "."
 
 
 def row(name, records):
