@@ -13,6 +13,7 @@ its number of steps by train.minutes; one of a revision without it is stopped by
 """
 
 import dataclasses
+import itertools
 import json
 import shutil
 import sys
@@ -64,14 +65,11 @@ def main(argv=None):
     args = options.parse(Args, argv, "-m benchmarks.race", __doc__)
     out, chosen = expand(args.out), recipes.parse(args.recipes)
     page = expand(args.page or out / "recipes.md")
-    if not args.report:
-        failures = race(args, chosen, out, page)
-        for failure in failures:
-            log.note(f"failed: {failure}")
-        if failures:
-            return 1
+    failures = [] if args.report else race(args, chosen, out, page)
+    for failure in failures:
+        log.note(f"failed: {failure}")
     log.note(f"wrote {race_report.write(out, page)}")
-    return 0
+    return int(bool(failures))
 
 
 def race(args, chosen, out, page):
@@ -90,18 +88,17 @@ def race(args, chosen, out, page):
     with errors.writing(f"--out={args.out}"):
         measure = prepare(args, images, folder)
     failures = []
-    for seed in args.seeds:
-        for recipe in chosen:
-            result = folder / recipe.slug / f"seed-{seed}" / "result.json"
-            if result.exists():
-                log.note(f"{recipe.text}, seed {seed}: already finished")
-                continue
-            try:
-                run(recipe, job, seed, result, measure)
-            except recipes.Failed as error:
-                failures.append(error)
-                log.note(f"{recipe.text}, seed {seed}: {error}")
-            race_report.write(out, page)
+    for seed, recipe in itertools.product(args.seeds, chosen):
+        result = folder / recipe.slug / f"seed-{seed}" / "result.json"
+        if result.exists():
+            log.note(f"{recipe.text}, seed {seed}: already finished")
+            continue
+        try:
+            run(recipe, job, seed, result, measure)
+        except recipes.Failed as error:
+            failures.append(error)
+            log.note(str(error))
+        race_report.write(out, page)
     return failures
 
 
@@ -117,8 +114,7 @@ def run(recipe, job, seed, result, measure):
     samples = np.load(folder / "samples.npz")["images"]
     record["metrics"] = measure(samples)
     save_grid(folder / "grid.png", samples)
-    for name in ("run", "out"):
-        shutil.rmtree(folder / name / "checkpoints" if name == "run" else folder / name, ignore_errors=True)
+    shutil.rmtree(folder / "out", ignore_errors=True)
     write_json(result, record)
     log.note(race_report.row(race_report.label(record), [record]))
 

@@ -271,15 +271,19 @@ def test_batches_of_the_peers_are_epochs_in_another_order():
 
 @pytest.mark.peers
 @pytest.mark.parametrize("name", ["diffusers_small", "diffusers_best", "ddpm_pytorch"])
-def test_a_peer_trains_and_draws(name, tmp_path):
+def test_a_peer_trains_and_draws(name, tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONPATH")  # tests/startup refuses their deprecated calls
     changes = {"ddpm_pytorch": "dim=8"}.get(name, "layout=digits")
     chosen = recipe(f"{name}:{changes};batch_size=4")
-    pytest.importorskip(recipes.settings(chosen)["library"])
     np.savez(tmp_path / "train.npz", images=np.random.default_rng(0).integers(0, 256, (50, 12, 8, 1), np.uint8))
-    job = JOB._replace(minutes=0.4, num=3, evaluations=3, data=tmp_path / "train.npz", shape=(12, 8, 1))
+    job = JOB._replace(minutes=0.6, num=3, evaluations=3, data=tmp_path / "train.npz", shape=(12, 8, 1))
+    try:
+        recipes.check_peers([chosen], job)
+    except ConfigError as error:
+        pytest.skip(str(error))
     found = recipes.run(chosen, job, 0, tmp_path)
     assert found["steps"] >= 1
-    assert 24 <= found["seconds"] < 60
+    assert 36 <= found["seconds"] < 90
     assert found["curve"][-1][0] == found["steps"]
     samples = np.load(tmp_path / "samples.npz")["images"]
     assert (samples.shape, samples.dtype) == ((3, 12, 8, 1), np.uint8)
