@@ -28,6 +28,10 @@ A recipe is a config in `configs/`. Changes follow a colon, as in
 `sample.`. `folder_cpu@DIR` is the config of another revision of this project, in the folder DIR. A race that was
 interrupted resumes with the same command.
 
+Images to compare with are held out of the data at random, a fifth or `--held-out=N` of them, or come from
+`--held-out=SOURCE`. Those that are training images too are left out. The emoji are those of [results](results.md#emoji)
+without skin tones (`1f3fb` to `1f3ff` in the name of the file), 1,906 pictures.
+
 The other projects' recipes need `--their-python=PATH`, a Python with torch and the project:
 
 | recipe | what it is |
