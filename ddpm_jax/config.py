@@ -89,6 +89,10 @@ class Model(Section):
     frequency_shift: int = option(
         1, "the time embedding's frequencies are 10000^(-i / (channels / 2 - this)), i from 0", one_of(0, 1)
     )
+    # How the network sees the image.
+    patch: int = option(
+        1, "side of the squares that are one pixel for the network; its levels and resolutions count these", at_least(1)
+    )
 
 
 @dataclasses.dataclass(frozen=True)

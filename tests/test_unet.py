@@ -173,16 +173,38 @@ def test_any_height_width_and_channels(shape):
     assert jax.eval_shape(net, params, jnp.zeros(shape), 1).shape == shape
 
 
+def rearranged(image, patch):
+    """Each patch as one pixel, written out; the channels by row, column and channel within the patch."""
+    height, width, channels = image.shape
+    result = np.zeros((height // patch, width // patch, patch * patch * channels), image.dtype)
+    for i, j, c in np.ndindex(image.shape):
+        result[i // patch, j // patch, (i % patch * patch + j % patch) * channels + c] = image[i, j, c]
+    return result
+
+
+def test_patches_are_pixels_of_a_smaller_image():
+    """With the same parameters as a plain network whose images have the patches as pixels; the variance apart."""
+    image = np.random.default_rng(0).normal(size=(8, 12, 2)).astype(np.float32)
+    net, params = build(image.shape, patch=2, attention_resolutions=(2,), learned_variance=True)
+    plain, same = build((4, 6, 8), attention_resolutions=(2,), learned_variance=True)
+    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, same)
+    found = jax.jit(net)(params, image, 5)
+    assert found.shape == (8, 12, 4)
+    np.testing.assert_allclose(rearranged(found, 2), jax.jit(plain)(params, rearranged(image, 2), 5), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("shape", "changes", "message"),
     [
+        ((8, 9, 1), {"patch": 2}, "model.patch=2 does not divide the sides of images of 8x9"),
+        ((10, 16, 1), {"patch": 2}, "10x16 in patches of 2x2 cannot be halved 1 times.*fit: 8x16 or 12x16"),
         ((30, 32, 3), {"multipliers": (1, 2, 2)}, "30x32 cannot be halved 2 times.*28x32 or 32x32"),
         ((1, 8, 1), {}, "sizes that fit: 2x8"),
         ((8, 8, 1), {"groups": 3}, "=3 does not divide the 8 channels of down_0_block_0;.*model.groups=auto"),
         ((8, 8, 1), {"channels": 12, "groups": 8}, "=8 does not divide the 12 channels of down_0_block_0"),
         ((8, 8, 1), {"multipliers": (1, 3), "groups": "auto", "num_heads": 16}, "=16 .* 24 .* of down_1_attention_0"),
     ],
-    ids=["fault_33 rows", "fault_33 one row", *["fault_34 groups"] * 2, "fault_34 heads"],
+    ids=["patch", "rows of patches", "fault_33 rows", "fault_33 one row", *["fault_34 groups"] * 2, "fault_34 heads"],
 )
 def test_sizes_that_do_not_fit_are_refused(shape, changes, message):
     with pytest.raises(ConfigError, match=message):

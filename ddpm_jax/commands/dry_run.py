@@ -52,7 +52,7 @@ def compiles_slowly(parts):
     """Whether the network uses minimal filtering on large images, which XLA compiles slowly for CPU."""
     model = parts.config.model
     wide = model.dtype == "float32" and model.channels * max(model.multipliers) >= convolutions.MIN_CHANNELS
-    return jax.default_backend() == "cpu" and wide and max(parts.shape[:2]) > LARGE
+    return jax.default_backend() == "cpu" and wide and max(parts.shape[:2]) > LARGE * model.patch
 
 
 def compile_for_topology(config, devices, say):

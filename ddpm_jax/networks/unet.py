@@ -3,7 +3,8 @@
 `make_unet` returns two pure functions, so no other file needs Linen. Details that the paper leaves open are those of
 its code: group norm has 32 groups and eps 1e-6; attention follows every block of a level, also on the way up, and the
 first middle block; the last layer of each block, of the attention and of the network starts at zero; a strided
-convolution pads (0, 1), as SAME does for even sides. The last five fields of UNet are variants in other codebases.
+convolution pads (0, 1), as SAME does for even sides. The five fields of UNet from norm_eps on are variants in other
+codebases.
 """
 
 import math
@@ -16,6 +17,7 @@ from jax import lax
 
 from ddpm_jax.errors import ConfigError
 from ddpm_jax.networks import convolutions
+from ddpm_jax.networks.patches import check_patch, depth_to_space, space_to_depth
 
 fan_avg = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 
@@ -219,6 +221,7 @@ class UNet(nn.Module):
     symmetric_halving: bool = False
     cos_first: bool = False
     frequency_shift: int = 1
+    patch: int = 1
 
     @nn.compact
     def __call__(self, x, t, label):
@@ -243,7 +246,7 @@ class UNet(nn.Module):
             embedding += nn.Embed(self.num_classes + 1, 4 * self.channels, dtype=self.dtype, name="label")(label)
 
         widths = [self.channels * m for m in self.multipliers]
-        h = convolution(self.channels, self.dtype, name="conv_in")(x)
+        h = convolution(self.channels, self.dtype, name="conv_in")(space_to_depth(x, self.patch))
         skips = [h]
         for level, width in enumerate(widths):
             for i in range(self.num_res_blocks):
@@ -266,7 +269,8 @@ class UNet(nn.Module):
                 h = convolution(width, self.dtype, name=f"up_{level}_double", upsample=True)(h)
 
         h = swish(group_norm(self.groups, h.shape[-1], "norm_out", epsilon=self.norm_eps)(h))
-        return convolution(self.out_channels, jnp.float32, zero=True, name="conv_out")(h)
+        h = convolution(self.out_channels * self.patch**2, jnp.float32, zero=True, name="conv_out")(h)
+        return depth_to_space(h, self.patch)
 
 
 def make_unet(shape, learned_variance=False, self_conditioning=False, time_scale=1.0, **options):
@@ -276,9 +280,10 @@ def make_unet(shape, learned_variance=False, self_conditioning=False, time_scale
     net(params, x_t, t, key=None, label=None) -> (H, W, C) float32, or (H, W, 2C) with `learned_variance`. A key means
     training (dropout), None means evaluation. x_t: float32 (H, W, C), or (H, W, 2C) with `self_conditioning`; t: scalar
     in 1..T after scaling by `time_scale`; label: class or None.
+    With `patch`, the levels are those of the image of patches, (H / patch, W / patch): so count attention_resolutions.
     Raises ConfigError for sizes that cannot be halved at every level, and for widths not divisible by groups or heads.
     """
-    _check_size(shape, options["multipliers"], options["attention_resolutions"])
+    _check_size(shape, options["multipliers"], options["attention_resolutions"], options.get("patch", 1))
     options["dtype"] = jnp.dtype(options["dtype"])
     module = UNet(out_channels=shape[-1] * (1 + learned_variance), time_scale=time_scale, **options)
     inputs = jnp.zeros((*shape[:2], shape[-1] * (1 + self_conditioning)))
@@ -299,17 +304,19 @@ def largest_divisor(channels, limit=32):
     return max(g for g in range(1, limit + 1) if channels % g == 0)
 
 
-def _check_size(shape, multipliers, attention_resolutions):
+def _check_size(shape, multipliers, attention_resolutions, patch):
+    check_patch(shape, patch)
     height, width, _ = shape
-    unit = 2 ** (len(multipliers) - 1)
+    unit = patch * 2 ** (len(multipliers) - 1)
     if height % unit or width % unit:
         low, high = ([max(unit, side // unit * unit), -(-side // unit) * unit] for side in (height, width))
         fits = " or ".join(f"{h}x{w}" for h, w in dict.fromkeys(zip(low, high, strict=True)))
+        of_patches = f" in patches of {patch}x{patch}" if patch > 1 else ""
         raise ConfigError(
-            f"images of {height}x{width} cannot be halved {len(multipliers) - 1} times, "
+            f"images of {height}x{width}{of_patches} cannot be halved {len(multipliers) - 1} times, "
             f"as model.multipliers={','.join(map(str, multipliers))} requires; sizes that fit: {fits}"
         )
-    sides = [min(height, width) // 2**level for level in range(len(multipliers))]
+    sides = [min(height, width) // patch // 2**level for level in range(len(multipliers))]
     for side in set(attention_resolutions) - set(sides):
         warnings.warn(
             f"model.attention_resolutions: no level has the resolution {side}; the levels have {sides}", stacklevel=3
