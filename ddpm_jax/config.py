@@ -93,6 +93,9 @@ class Model(Section):
     patch: int = option(
         1, "side of the squares that are one pixel for the network; its levels and resolutions count these", at_least(1)
     )
+    resample: str = option(
+        "conv", "what halves and doubles the image: conv, or residual for residual blocks", one_of("conv", "residual")
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,32 @@ def test_published_parameter_counts(shape, multipliers, count):
     assert sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(init, jax.random.key(0)))) == count
 
 
+@pytest.mark.parametrize(
+    ("side", "changes", "millions"),
+    [
+        (64, {"channels": 192, "multipliers": (1, 2, 3, 4), "num_res_blocks": 3}, 296),
+        (256, {"channels": 256, "multipliers": (1, 1, 2, 2, 4, 4)}, 554),
+    ],
+)
+def test_published_counts_with_residual_halving(side, changes, millions):
+    """Dhariwal & Nichol 2021 (arXiv:2105.05233), ADM in the table of hyperparameters, with the labels of ImageNet."""
+    model = Model(**changes, attention_resolutions=(32, 16, 8), scale_shift=True, num_classes=1000, resample="residual")
+    init, _ = unet.make_unet((side, side, 3), learned_variance=True, **vars(model))
+    count = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(init, jax.random.key(0))))
+    assert round(count / 1e6) == millions
+
+
+@pytest.mark.parametrize("resample", ["halve", "double"])
+def test_a_resampling_block_starts_as_means_or_nearest_neighbours(resample):
+    """The last convolution is zero at initialisation, and the shortcut has no parameters."""
+    image = np.random.default_rng(0).normal(size=(4, 6, 8)).astype(np.float32)
+    block = unet.ResBlock(8, 4, 0.0, False, jnp.float32, resample=resample)
+    found, params = block.init_with_output(jax.random.key(0), image, jnp.ones(4))
+    means = [[image[i : i + 2, j : j + 2].mean((0, 1)) for j in (0, 2, 4)] for i in (0, 2)]
+    np.testing.assert_allclose(found, means if resample == "halve" else np.kron(image, np.ones((2, 2, 1))), atol=1e-6)
+    assert sorted(params["params"]) == ["conv_1", "conv_2", "norm_1", "norm_2", "time"]
+
+
 def test_time_embedding_is_the_papers():
     """sin and cos of t - 1 times 10000^(-i / (half - 1)), in float64."""
     for t in (1, 2, 500, 1000):

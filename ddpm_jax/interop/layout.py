@@ -233,6 +233,7 @@ def to_diffusers(parts):
     unsupported = {
         f"model.multipliers={','.join(map(str, model.multipliers))}, whose first is not 1": model.multipliers[0] != 1,
         f"model.patch={model.patch}": model.patch != 1,
+        f"model.resample={model.resample}": model.resample != "conv",
         f"model.num_classes={model.num_classes}: its DDPMPipeline gives no labels": model.num_classes,
         "diffusion.self_conditioning": diffusion.self_conditioning,
         f"diffusion.schedule={diffusion.schedule}, a continuous one": diffusion.schedule in schedules.CURVES,

@@ -53,12 +53,14 @@ class ConvolutionAndBias(nn.Module):
 
     features: int
     dtype: jnp.dtype
+    upsample: bool = False
 
     @nn.compact
     def __call__(self, x):
         kernel = self.param("kernel", fan_avg, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return convolutions.convolve(x[None].astype(self.dtype), kernel.astype(self.dtype))[0], bias
+        implementation = convolutions.upsampled if self.upsample else convolutions.convolve
+        return implementation(x[None].astype(self.dtype), kernel.astype(self.dtype))[0], bias
 
 
 def dense(features, dtype, zero=False, name=None):
@@ -140,18 +142,36 @@ def group_norm(groups, channels, name=None, block="the U-Net", epsilon=1e-6):
     return GroupNorm(groups, epsilon, name=name)
 
 
+def halved(x):
+    """The means of 2x2 pixels: (H, W, C) -> (H / 2, W / 2, C)."""
+    height, width, channels = x.shape
+    return x.reshape(height // 2, 2, width // 2, 2, channels).mean((1, 3))
+
+
 class ResBlock(nn.Module):
+    """A residual block (H, W, C) -> (H, W, features), modulated by the embedding of time and label.
+
+    resample: "halve" or "double" changes the resolution on both branches before the first convolution, by means of 2x2
+    pixels or nearest neighbours, as in BigGAN; without a factor of 1/sqrt(2), as Dhariwal & Nichol 2021 have it.
+    """
+
     features: int
     groups: int | str
     dropout: float
     scale_shift: bool
     dtype: jnp.dtype
     epsilon: float = 1e-6
+    resample: str = ""
 
     @nn.compact
     def __call__(self, x, embedding):
         h = swish(group_norm(self.groups, x.shape[-1], "norm_1", self.name, self.epsilon)(x))
-        h, offset = ConvolutionAndBias(self.features, self.dtype, name="conv_1")(h)
+        double = self.resample == "double"
+        if self.resample == "halve":
+            x, h = halved(x), halved(h)
+        if double:
+            x = x.repeat(2, 0).repeat(2, 1)
+        h, offset = ConvolutionAndBias(self.features, self.dtype, double, name="conv_1")(h)
         embedding = dense(self.features * (1 + self.scale_shift), self.dtype, name="time")(swish(embedding))
         norm = group_norm(self.groups, self.features, "norm_2", self.name, self.epsilon)
         if self.scale_shift:
@@ -222,15 +242,27 @@ class UNet(nn.Module):
     cos_first: bool = False
     frequency_shift: int = 1
     patch: int = 1
+    resample: str = "conv"
 
     @nn.compact
     def __call__(self, x, t, label):
         make_block = nn.remat(ResBlock, policy=None if self.remat else sums_and_products_saveable)
 
-        def block(h, features, name):
+        def block(h, features, name, resample=""):
             return make_block(
-                features, self.groups, self.dropout, self.scale_shift, self.dtype, self.norm_eps, name=name
+                features, self.groups, self.dropout, self.scale_shift, self.dtype, self.norm_eps, resample, name=name
             )(h, embedding)
+
+        def halve(h, width, name):
+            if self.resample == "residual":
+                return block(h, width, name, "halve")
+            padding = 1 if self.symmetric_halving else "SAME"
+            return convolution(width, self.dtype, stride=2, name=name, padding=padding)(h)
+
+        def double(h, width, name):
+            if self.resample == "residual":
+                return block(h, width, name, "double")
+            return convolution(width, self.dtype, name=name, upsample=True)(h)
 
         def attend(h, name, always=False):
             if always or min(h.shape[:2]) in self.attention_resolutions:
@@ -253,8 +285,7 @@ class UNet(nn.Module):
                 h = attend(block(h, width, f"down_{level}_block_{i}"), f"down_{level}_attention_{i}")
                 skips.append(h)
             if level < len(widths) - 1:
-                padding = 1 if self.symmetric_halving else "SAME"
-                h = convolution(width, self.dtype, stride=2, name=f"down_{level}_halve", padding=padding)(h)
+                h = halve(h, width, f"down_{level}_halve")
                 skips.append(h)
 
         h = block(h, widths[-1], "middle_block_0")
@@ -266,7 +297,7 @@ class UNet(nn.Module):
                 h = jnp.concatenate([h, skips.pop()], -1)
                 h = attend(block(h, width, f"up_{level}_block_{i}"), f"up_{level}_attention_{i}")
             if level:
-                h = convolution(width, self.dtype, name=f"up_{level}_double", upsample=True)(h)
+                h = double(h, width, f"up_{level}_double")
 
         h = swish(group_norm(self.groups, h.shape[-1], "norm_out", epsilon=self.norm_eps)(h))
         h = convolution(self.out_channels * self.patch**2, jnp.float32, zero=True, name="conv_out")(h)
