@@ -96,6 +96,9 @@ class Model(Section):
     resample: str = option(
         "conv", "what halves and doubles the image: conv, or residual for residual blocks", one_of("conv", "residual")
     )
+    network: str = option("unet", "the network, a name in ddpm_jax.networks.NETWORKS")
+    depth: int = option(12, "blocks of a dit", at_least(1))
+    mlp_ratio: float = option(4.0, "width of a dit's MLPs as a multiple of `channels`", above(0), finite)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from ddpm_jax import (
     editing,
     keys,
     likelihood,
+    networks,
     samplers,
     schedules,
     training,
@@ -26,7 +27,6 @@ from ddpm_jax import (
 )
 from ddpm_jax.config import Config, from_json
 from ddpm_jax.errors import CheckpointError, ConfigError
-from ddpm_jax.networks import unet
 from ddpm_jax.options import replace
 from ddpm_jax.run import checkpoint, snapshots
 from ddpm_jax.run.files import expand
@@ -52,7 +52,7 @@ class Experiment(NamedTuple):
 def make(config: Config, shape: Sequence[int], network: tuple[Callable, Callable] | None = None) -> Experiment:
     """The Experiment that `config` describes, for images of `shape` (H, W, C).
 
-    network: (init, net) of one image, used instead of the U-Net of config.model. Raises ConfigError for unknown or
+    network: (init, net) of one image, used instead of that of config.model. Raises ConfigError for unknown or
     incompatible names in the config, and warns when x_T keeps a part of the image.
     """
     choices, shape = config.diffusion, tuple(shape)
@@ -61,8 +61,12 @@ def make(config: Config, shape: Sequence[int], network: tuple[Callable, Callable
         choices.schedule, choices.T, choices.betas, choices.zero_terminal_snr, max(shape[:2]), choices.base_resolution
     )
     _check_signal(choices, schedule)
-    init, net = network or unet.make_unet(
-        shape, choices.variance == "learned", choices.self_conditioning, schedule.time_scale, **vars(config.model)
+    init, net = network or networks.make_network(
+        config.model,
+        shape,
+        learned_variance=choices.variance == "learned",
+        self_conditioning=choices.self_conditioning,
+        time_scale=schedule.time_scale,
     )
     parameterization = diffusion.PARAMETERIZATIONS[choices.parameterization]
     image_net = net
@@ -119,6 +123,7 @@ def jit_unoptimized(function):
 def _check_names(config):
     choices = config.diffusion
     for table, name, field in (
+        (networks.NETWORKS, config.model.network, "model.network"),
         (diffusion.PARAMETERIZATIONS, choices.parameterization, "diffusion.parameterization"),
         (diffusion.WEIGHTINGS, choices.weighting, "diffusion.weighting"),
         (diffusion.VARIANCES, choices.variance, "diffusion.variance"),
@@ -242,6 +247,12 @@ def params_shape(experiment: Experiment) -> Any:
 
 def parameter_count(experiment: Experiment) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params_shape(experiment)))
+
+
+def describe_network(experiment: Experiment) -> str:
+    """Like "U-Net of 35,746,307 parameters"."""
+    name = experiment.config.model.network
+    return f"{networks.TITLES.get(name, name)} of {parameter_count(experiment):,} parameters"
 
 
 def find_label(experiment: Experiment, wanted: str) -> int:

@@ -111,7 +111,29 @@ def test_fault_36_a_config_file_that_fails(tmp_path, text, fragment):
 
 ODD = Config(
     data=Data("folder:/srv/\u00fc b", "test", (8, 16), 3, True, 0.5, "~/data", "", (0.0, 4095.0), "all"),
-    model=Model(8, (1,), 1, (), 2, 0.0, 10, True, "auto", "bfloat16", True, 1e-30, 4, True, True, 0, 2, "residual"),
+    model=Model(
+        8,
+        (1,),
+        1,
+        (),
+        2,
+        0.0,
+        10,
+        True,
+        "auto",
+        "bfloat16",
+        True,
+        1e-30,
+        4,
+        True,
+        True,
+        0,
+        2,
+        "residual",
+        "dit",
+        3,
+        2.5,
+    ),
     diffusion=Diffusion(
         "cosine", 4000, "v", "vlb", "learned", (1e-30, 0.1 + 0.2), True, 64, "output", "huber", "stratified", True, 0.1
     ),

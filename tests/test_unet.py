@@ -10,7 +10,7 @@ from conftest import TINY, random_params
 
 from ddpm_jax.config import Model
 from ddpm_jax.errors import ConfigError
-from ddpm_jax.networks import unet
+from ddpm_jax.networks import make_network, unet
 
 IMAGE = np.random.default_rng(0).normal(size=(8, 8, 1)).astype(np.float32)
 
@@ -26,7 +26,7 @@ def build(shape=(8, 8, 1), **changes):
 )
 def test_published_parameter_counts(shape, multipliers, count):
     """Ho et al. 2020, appendix B: 35.7M for CIFAR-10, 114M for 256x256; the exact counts are those of their code."""
-    init, _ = unet.make_unet(shape, **vars(Model(multipliers=multipliers)))
+    init, _ = make_network(Model(multipliers=multipliers), shape)
     assert sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(init, jax.random.key(0)))) == count
 
 
@@ -40,7 +40,7 @@ def test_published_parameter_counts(shape, multipliers, count):
 def test_published_counts_with_residual_halving(side, changes, millions):
     """Dhariwal & Nichol 2021 (arXiv:2105.05233), ADM in the table of hyperparameters, with the labels of ImageNet."""
     model = Model(**changes, attention_resolutions=(32, 16, 8), scale_shift=True, num_classes=1000, resample="residual")
-    init, _ = unet.make_unet((side, side, 3), learned_variance=True, **vars(model))
+    init, _ = make_network(model, (side, side, 3), learned_variance=True)
     count = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(init, jax.random.key(0))))
     assert round(count / 1e6) == millions
 
@@ -178,7 +178,7 @@ def test_output_is_zero_at_initialisation():
 
 def test_attention_stands_where_the_paper_has_it():
     """After every block of the level, num_res_blocks + 1 of them on the way up, and between the middle blocks."""
-    init, _ = unet.make_unet((32, 32, 3), **vars(Model()))
+    init, _ = make_network(Model(), (32, 32, 3))
     names = jax.eval_shape(init, jax.random.key(0))
     wanted = [f"down_1_attention_{i}" for i in range(2)] + [f"up_1_attention_{i}" for i in range(3)]
     assert sorted(name for name in names if "attention" in name) == sorted([*wanted, "middle_attention"])

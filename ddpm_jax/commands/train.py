@@ -146,10 +146,7 @@ def prepare(args, workdir, say):
 
         enl0.find()  # raises
     parts = experiment.make(config, dataset.images.shape[1:])._replace(classes=dataset.classes)
-    say(
-        f"U-Net of {experiment.parameter_count(parts):,} parameters; {config.train.steps:,} steps "
-        f"of {config.train.batch_size} images"
-    )
+    say(f"{experiment.describe_network(parts)}; {config.train.steps:,} steps of {config.train.batch_size} images")
     return parts, dataset
 
 

@@ -317,6 +317,11 @@ def make_unet(shape, learned_variance=False, self_conditioning=False, time_scale
     _check_size(shape, options["multipliers"], options["attention_resolutions"], options.get("patch", 1))
     options["dtype"] = jnp.dtype(options["dtype"])
     module = UNet(out_channels=shape[-1] * (1 + learned_variance), time_scale=time_scale, **options)
+    return as_functions(module, shape, self_conditioning)
+
+
+def as_functions(module, shape, self_conditioning):
+    """(init, net) of a Linen module that is called with (x, t, label); see `make_unet`."""
     inputs = jnp.zeros((*shape[:2], shape[-1] * (1 + self_conditioning)))
 
     def init(key):
