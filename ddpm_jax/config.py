@@ -96,6 +96,16 @@ class Model(Section):
     frequency_shift: int = option(
         1, "the time embedding's frequencies are 10000^(-i / (channels / 2 - this)), i from 0", one_of(0, 1)
     )
+    # How the network sees the image.
+    patch: int = option(
+        1, "side of the squares that are one pixel for the network; its levels and resolutions count these", at_least(1)
+    )
+    resample: str = option(
+        "conv", "what halves and doubles the image: conv, or residual for residual blocks", one_of("conv", "residual")
+    )
+    network: str = option("unet", "the network, a name in ddpm_jax.networks.NETWORKS")
+    depth: int = option(12, "blocks of a dit", at_least(1))
+    mlp_ratio: float = option(4.0, "width of a dit's MLPs as a multiple of `channels`", above(0), finite)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ from ddpm_jax import (
     editing,
     keys,
     likelihood,
+    networks,
     samplers,
     schedules,
     training,
@@ -29,7 +30,6 @@ from ddpm_jax import (
 )
 from ddpm_jax.config import Config, decay_span, from_json
 from ddpm_jax.errors import CheckpointError, ConfigError
-from ddpm_jax.networks import unet
 from ddpm_jax.options import replace
 from ddpm_jax.run import checkpoint, snapshots
 from ddpm_jax.run.files import expand
@@ -55,7 +55,7 @@ class Experiment(NamedTuple):
 def make(config: Config, shape: Sequence[int], network: tuple[Callable, Callable] | None = None) -> Experiment:
     """The Experiment that `config` describes, for images of `shape` (H, W, C).
 
-    network: (init, net) of one image, used instead of the U-Net of config.model. Raises ConfigError for unknown or
+    network: (init, net) of one image, used instead of that of config.model. Raises ConfigError for unknown or
     incompatible names in the config, and warns when x_T keeps a part of the image.
     """
     choices, shape = config.diffusion, tuple(shape)
@@ -64,13 +64,13 @@ def make(config: Config, shape: Sequence[int], network: tuple[Callable, Callable
         choices.schedule, choices.T, choices.betas, choices.zero_terminal_snr, max(shape[:2]), choices.base_resolution
     )
     _check_signal(choices, schedule)
-    init, net = network or unet.make_unet(
+    init, net = network or networks.make_network(
+        config.model,
         shape,
-        choices.variance == "learned",
-        choices.self_conditioning,
-        schedule.time_scale,
+        learned_variance=choices.variance == "learned",
+        self_conditioning=choices.self_conditioning,
+        time_scale=schedule.time_scale,
         augmented=config.data.augment > 0,
-        **vars(config.model),
     )
     parameterization = diffusion.make_parameterization(choices.parameterization, schedule, choices.sigma_data)
     image_net = net = conditioning.scaled_input(net, schedule, parameterization, shape[-1])
@@ -164,6 +164,7 @@ def jit_unoptimized(function):
 def _check_names(config):
     choices = config.diffusion
     for table, name, field in (
+        (networks.NETWORKS, config.model.network, "model.network"),
         ([*diffusion.PARAMETERIZATIONS, "mean"], choices.parameterization, "diffusion.parameterization"),
         (diffusion.WEIGHTINGS, choices.weighting, "diffusion.weighting"),
         (diffusion.VARIANCES, choices.variance, "diffusion.variance"),
@@ -309,6 +310,12 @@ def params_shape(experiment: Experiment) -> Any:
 
 def parameter_count(experiment: Experiment) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params_shape(experiment)))
+
+
+def describe_network(experiment: Experiment) -> str:
+    """Like "U-Net of 35,746,307 parameters"."""
+    name = experiment.config.model.network
+    return f"{networks.TITLES.get(name, name)} of {parameter_count(experiment):,} parameters"
 
 
 def find_label(experiment: Experiment, wanted: str) -> int:

@@ -256,6 +256,12 @@ def test_a_single_file_is_checked(call, run, tmp_path):
 
 
 EXPORT_REFUSALS = [
+    (
+        {"model": {"network": "dit", "multipliers": (1, 2, 2, 2), "num_res_blocks": 2, "groups": 32}},
+        "model.network=dit",
+    ),
+    ({"model": {"patch": 2}}, "model.patch=2"),
+    ({"model": {"resample": "residual"}}, "model.resample=residual"),
     ({"model": {"num_classes": 3}}, "model.num_classes=3: its DDPMPipeline gives no labels"),
     ({"self_conditioning": True}, "diffusion.self_conditioning"),
     ({"schedule": "cosine_logsnr"}, "diffusion.schedule=cosine_logsnr, a continuous one"),

@@ -10,7 +10,7 @@ from conftest import TINY, random_params
 
 from ddpm_jax.config import Model
 from ddpm_jax.errors import ConfigError
-from ddpm_jax.networks import unet
+from ddpm_jax.networks import make_network, unet
 
 IMAGE = np.random.default_rng(0).normal(size=(8, 8, 1)).astype(np.float32)
 
@@ -26,8 +26,34 @@ def build(shape=(8, 8, 1), **changes):
 )
 def test_published_parameter_counts(shape, multipliers, count):
     """Ho et al. 2020, appendix B: 35.7M for CIFAR-10, 114M for 256x256; the exact counts are those of their code."""
-    init, _ = unet.make_unet(shape, **vars(Model(multipliers=multipliers)))
+    init, _ = make_network(Model(multipliers=multipliers), shape)
     assert sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(init, jax.random.key(0)))) == count
+
+
+@pytest.mark.parametrize(
+    ("side", "changes", "millions"),
+    [
+        (64, {"channels": 192, "multipliers": (1, 2, 3, 4), "num_res_blocks": 3}, 296),
+        (256, {"channels": 256, "multipliers": (1, 1, 2, 2, 4, 4)}, 554),
+    ],
+)
+def test_published_counts_with_residual_halving(side, changes, millions):
+    """Dhariwal & Nichol 2021 (arXiv:2105.05233), ADM in the table of hyperparameters, with the labels of ImageNet."""
+    model = Model(**changes, attention_resolutions=(32, 16, 8), scale_shift=True, num_classes=1000, resample="residual")
+    init, _ = make_network(model, (side, side, 3), learned_variance=True)
+    count = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(init, jax.random.key(0))))
+    assert round(count / 1e6) == millions
+
+
+@pytest.mark.parametrize("resample", ["halve", "double"])
+def test_a_resampling_block_starts_as_means_or_nearest_neighbours(resample):
+    """The last convolution is zero at initialisation, and the shortcut has no parameters."""
+    image = np.random.default_rng(0).normal(size=(4, 6, 8)).astype(np.float32)
+    block = unet.ResBlock(8, 4, 0.0, False, jnp.float32, resample=resample)
+    found, params = block.init_with_output(jax.random.key(0), image, jnp.ones(4))
+    means = [[image[i : i + 2, j : j + 2].mean((0, 1)) for j in (0, 2, 4)] for i in (0, 2)]
+    np.testing.assert_allclose(found, means if resample == "halve" else np.kron(image, np.ones((2, 2, 1))), atol=1e-6)
+    assert sorted(params["params"]) == ["conv_1", "conv_2", "norm_1", "norm_2", "time"]
 
 
 def test_time_embedding_is_the_papers():
@@ -152,7 +178,7 @@ def test_output_is_zero_at_initialisation():
 
 def test_attention_stands_where_the_paper_has_it():
     """After every block of the level, num_res_blocks + 1 of them on the way up, and between the middle blocks."""
-    init, _ = unet.make_unet((32, 32, 3), **vars(Model()))
+    init, _ = make_network(Model(), (32, 32, 3))
     names = jax.eval_shape(init, jax.random.key(0))
     wanted = [f"down_1_attention_{i}" for i in range(2)] + [f"up_1_attention_{i}" for i in range(3)]
     assert sorted(name for name in names if "attention" in name) == sorted([*wanted, "middle_attention"])
@@ -173,16 +199,38 @@ def test_any_height_width_and_channels(shape):
     assert jax.eval_shape(net, params, jnp.zeros(shape), 1).shape == shape
 
 
+def rearranged(image, patch):
+    """Each patch as one pixel, written out; the channels by row, column and channel within the patch."""
+    height, width, channels = image.shape
+    result = np.zeros((height // patch, width // patch, patch * patch * channels), image.dtype)
+    for i, j, c in np.ndindex(image.shape):
+        result[i // patch, j // patch, (i % patch * patch + j % patch) * channels + c] = image[i, j, c]
+    return result
+
+
+def test_patches_are_pixels_of_a_smaller_image():
+    """With the same parameters as a plain network whose images have the patches as pixels; the variance apart."""
+    image = np.random.default_rng(0).normal(size=(8, 12, 2)).astype(np.float32)
+    net, params = build(image.shape, patch=2, attention_resolutions=(2,), learned_variance=True)
+    plain, same = build((4, 6, 8), attention_resolutions=(2,), learned_variance=True)
+    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, same)
+    found = jax.jit(net)(params, image, 5)
+    assert found.shape == (8, 12, 4)
+    np.testing.assert_allclose(rearranged(found, 2), jax.jit(plain)(params, rearranged(image, 2), 5), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("shape", "changes", "message"),
     [
+        ((8, 9, 1), {"patch": 2}, "model.patch=2 does not divide the sides of images of 8x9"),
+        ((10, 16, 1), {"patch": 2}, "10x16 in patches of 2x2 cannot be halved 1 times.*fit: 8x16 or 12x16"),
         ((30, 32, 3), {"multipliers": (1, 2, 2)}, "30x32 cannot be halved 2 times.*28x32 or 32x32"),
         ((1, 8, 1), {}, "sizes that fit: 2x8"),
         ((8, 8, 1), {"groups": 3}, "=3 does not divide the 8 channels of down_0_block_0;.*model.groups=auto"),
         ((8, 8, 1), {"channels": 12, "groups": 8}, "=8 does not divide the 12 channels of down_0_block_0"),
         ((8, 8, 1), {"multipliers": (1, 3), "groups": "auto", "num_heads": 16}, "=16 .* 24 .* of down_1_attention_0"),
     ],
-    ids=["fault_33 rows", "fault_33 one row", *["fault_34 groups"] * 2, "fault_34 heads"],
+    ids=["patch", "rows of patches", "fault_33 rows", "fault_33 one row", *["fault_34 groups"] * 2, "fault_34 heads"],
 )
 def test_sizes_that_do_not_fit_are_refused(shape, changes, message):
     with pytest.raises(ConfigError, match=message):

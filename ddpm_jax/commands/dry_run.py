@@ -51,8 +51,12 @@ def dry_run(config, say):
 def compiles_slowly(parts):
     """Whether the network uses minimal filtering on large images, which XLA compiles slowly for CPU."""
     model = parts.config.model
-    wide = model.dtype == "float32" and model.channels * max(model.multipliers) >= convolutions.MIN_CHANNELS
-    return jax.default_backend() == "cpu" and wide and max(parts.shape[:2]) > LARGE
+    wide = (
+        model.network == "unet"
+        and model.dtype == "float32"
+        and model.channels * max(model.multipliers) >= convolutions.MIN_CHANNELS
+    )
+    return jax.default_backend() == "cpu" and wide and max(parts.shape[:2]) > LARGE * model.patch
 
 
 def compile_for_topology(config, devices, say):
@@ -121,13 +125,13 @@ def synthetic_batch(config):
 def describe(parts, say):
     """Report the number of parameters, in all and for each part of the network."""
     images, total = "x".join(map(str, parts.shape)), experiment.parameter_count(parts)
-    say(f"U-Net of {total:,} parameters for images of {images}")
+    say(f"{experiment.describe_network(parts)} for images of {images}")
     for name, number in counts(experiment.params_shape(parts)).items():
         say(f"{name:>12}{number:>14,}{number / total:>8.1%}")
 
 
 def counts(params):
-    """{part: number of parameters}; a level of the U-Net is one part."""
+    """{part: number of parameters}; a level of a U-Net is one part."""
     found = collections.Counter()
     for name, tree in params.items():
         part = re.sub(r"_(block|attention|halve|double|\d+$).*", "", name)

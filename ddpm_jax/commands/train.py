@@ -154,7 +154,7 @@ def prepare(args, workdir, say):
     parts = experiment.make(config, dataset.images.shape[1:])._replace(classes=dataset.classes)
     new = config.train.minutes and run_folder.is_new(workdir)
     length = f"{config.train.minutes:g} minutes of steps" if new else f"{config.train.steps:,} steps"
-    say(f"U-Net of {experiment.parameter_count(parts):,} parameters; {length} of {config.train.batch_size} images")
+    say(f"{experiment.describe_network(parts)}; {length} of {config.train.batch_size} images")
     return parts, dataset
 
 

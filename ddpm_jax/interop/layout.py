@@ -232,6 +232,9 @@ def to_diffusers(parts):
     model, diffusion = parts.config.model, parts.config.diffusion
     unsupported = {
         f"model.multipliers={','.join(map(str, model.multipliers))}, whose first is not 1": model.multipliers[0] != 1,
+        f"model.network={model.network}; it is for the U-Net only": model.network != "unet",
+        f"model.patch={model.patch}": model.patch != 1,
+        f"model.resample={model.resample}": model.resample != "conv",
         f"model.num_classes={model.num_classes}: its DDPMPipeline gives no labels": model.num_classes,
         "diffusion.self_conditioning": diffusion.self_conditioning,
         f"diffusion.schedule={diffusion.schedule}, a continuous one": diffusion.schedule in schedules.CURVES,

@@ -3,7 +3,8 @@
 `make_unet` returns two pure functions, so no other file needs Linen. Details that the paper leaves open are those of
 its code: group norm has 32 groups and eps 1e-6; attention follows every block of a level, also on the way up, and the
 first middle block; the last layer of each block, of the attention and of the network starts at zero; a strided
-convolution pads (0, 1), as SAME does for even sides. The last five fields of UNet are variants in other codebases.
+convolution pads (0, 1), as SAME does for even sides. The five fields of UNet from norm_eps on are variants in other
+codebases.
 """
 
 import math
@@ -17,6 +18,7 @@ from jax import lax
 from ddpm_jax.augmentation import NUM_PARAMETERS
 from ddpm_jax.errors import ConfigError
 from ddpm_jax.networks import convolutions
+from ddpm_jax.networks.patches import check_patch, depth_to_space, space_to_depth
 
 fan_avg = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 
@@ -52,12 +54,14 @@ class ConvolutionAndBias(nn.Module):
 
     features: int
     dtype: jnp.dtype
+    upsample: bool = False
 
     @nn.compact
     def __call__(self, x):
         kernel = self.param("kernel", fan_avg, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return convolutions.convolve(x[None].astype(self.dtype), kernel.astype(self.dtype))[0], bias
+        implementation = convolutions.upsampled if self.upsample else convolutions.convolve
+        return implementation(x[None].astype(self.dtype), kernel.astype(self.dtype))[0], bias
 
 
 def dense(features, dtype, zero=False, name=None, bias=True):
@@ -145,18 +149,36 @@ def group_norm(groups, channels, name=None, block="the U-Net", epsilon=1e-6):
     return GroupNorm(groups, epsilon, name=name)
 
 
+def halved(x):
+    """The means of 2x2 pixels: (H, W, C) -> (H / 2, W / 2, C)."""
+    height, width, channels = x.shape
+    return x.reshape(height // 2, 2, width // 2, 2, channels).mean((1, 3))
+
+
 class ResBlock(nn.Module):
+    """A residual block (H, W, C) -> (H, W, features), modulated by the embedding of time and label.
+
+    resample: "halve" or "double" changes the resolution on both branches before the first convolution, by means of 2x2
+    pixels or nearest neighbours, as in BigGAN; without a factor of 1/sqrt(2), as Dhariwal & Nichol 2021 have it.
+    """
+
     features: int
     groups: int | str
     dropout: float
     scale_shift: bool
     dtype: jnp.dtype
     epsilon: float = 1e-6
+    resample: str = ""
 
     @nn.compact
     def __call__(self, x, embedding):
         h = swish(group_norm(self.groups, x.shape[-1], "norm_1", self.name, self.epsilon)(x))
-        h, offset = ConvolutionAndBias(self.features, self.dtype, name="conv_1")(h)
+        double = self.resample == "double"
+        if self.resample == "halve":
+            x, h = halved(x), halved(h)
+        if double:
+            x = x.repeat(2, 0).repeat(2, 1)
+        h, offset = ConvolutionAndBias(self.features, self.dtype, double, name="conv_1")(h)
         embedding = dense(self.features * (1 + self.scale_shift), self.dtype, name="time")(swish(embedding))
         norm = group_norm(self.groups, self.features, "norm_2", self.name, self.epsilon)
         if self.scale_shift:
@@ -227,15 +249,28 @@ class UNet(nn.Module):
     symmetric_halving: bool = False
     cos_first: bool = False
     frequency_shift: int = 1
+    patch: int = 1
+    resample: str = "conv"
 
     @nn.compact
     def __call__(self, x, t, label, augmentation=None):
         make_block = nn.remat(ResBlock, policy=None if self.remat else sums_and_products_saveable)
 
-        def block(h, features, name):
+        def block(h, features, name, resample=""):
             return make_block(
-                features, self.groups, self.dropout, self.scale_shift, self.dtype, self.norm_eps, name=name
+                features, self.groups, self.dropout, self.scale_shift, self.dtype, self.norm_eps, resample, name=name
             )(h, embedding)
+
+        def halve(h, width, name):
+            if self.resample == "residual":
+                return block(h, width, name, "halve")
+            padding = 1 if self.symmetric_halving else "SAME"
+            return convolution(width, self.dtype, stride=2, name=name, padding=padding)(h)
+
+        def double(h, width, name):
+            if self.resample == "residual":
+                return block(h, width, name, "double")
+            return convolution(width, self.dtype, name=name, upsample=True)(h)
 
         def attend(h, name, always=False):
             if always or min(h.shape[:2]) in self.attention_resolutions:
@@ -252,15 +287,14 @@ class UNet(nn.Module):
             embedding += nn.Embed(self.num_classes + 1, 4 * self.channels, dtype=self.dtype, name="label")(label)
 
         widths = [self.channels * m for m in self.multipliers]
-        h = convolution(self.channels, self.dtype, name="conv_in")(x)
+        h = convolution(self.channels, self.dtype, name="conv_in")(space_to_depth(x, self.patch))
         skips = [h]
         for level, width in enumerate(widths):
             for i in range(self.num_res_blocks):
                 h = attend(block(h, width, f"down_{level}_block_{i}"), f"down_{level}_attention_{i}")
                 skips.append(h)
             if level < len(widths) - 1:
-                padding = 1 if self.symmetric_halving else "SAME"
-                h = convolution(width, self.dtype, stride=2, name=f"down_{level}_halve", padding=padding)(h)
+                h = halve(h, width, f"down_{level}_halve")
                 skips.append(h)
 
         h = block(h, widths[-1], "middle_block_0")
@@ -272,10 +306,11 @@ class UNet(nn.Module):
                 h = jnp.concatenate([h, skips.pop()], -1)
                 h = attend(block(h, width, f"up_{level}_block_{i}"), f"up_{level}_attention_{i}")
             if level:
-                h = convolution(width, self.dtype, name=f"up_{level}_double", upsample=True)(h)
+                h = double(h, width, f"up_{level}_double")
 
         h = swish(group_norm(self.groups, h.shape[-1], "norm_out", epsilon=self.norm_eps)(h))
-        return convolution(self.out_channels, jnp.float32, zero=True, name="conv_out")(h)
+        h = convolution(self.out_channels * self.patch**2, jnp.float32, zero=True, name="conv_out")(h)
+        return depth_to_space(h, self.patch)
 
 
 def make_unet(shape, learned_variance=False, self_conditioning=False, time_scale=1.0, augmented=False, **options):
@@ -286,12 +321,18 @@ def make_unet(shape, learned_variance=False, self_conditioning=False, time_scale
     `learned_variance`. A key means training (dropout), None means evaluation. x_t: float32 (H, W, C), or (H, W, 2C)
     with `self_conditioning`; t: scalar in 1..T after scaling by `time_scale`; label: class or None; augmentation: with
     `augmented`, the parameters of x_t (augmentation.py), None for an image as it is.
+    With `patch`, the levels are those of the image of patches, (H / patch, W / patch): so count attention_resolutions.
     Raises ConfigError for sizes that cannot be halved at every level, and for widths not divisible by groups or heads.
     """
-    _check_size(shape, options["multipliers"], options["attention_resolutions"])
+    _check_size(shape, options["multipliers"], options["attention_resolutions"], options.get("patch", 1))
     options["dtype"] = jnp.dtype(options["dtype"])
     options |= {"time_scale": time_scale, "augmented": augmented}
     module = UNet(out_channels=shape[-1] * (1 + learned_variance), **options)
+    return as_functions(module, shape, self_conditioning)
+
+
+def as_functions(module, shape, self_conditioning):
+    """(init, net) of a Linen module that is called with (x, t, label, augmentation); see `make_unet`."""
     inputs = jnp.zeros((*shape[:2], shape[-1] * (1 + self_conditioning)))
 
     def init(key):
@@ -310,17 +351,19 @@ def largest_divisor(channels, limit=32):
     return max(g for g in range(1, limit + 1) if channels % g == 0)
 
 
-def _check_size(shape, multipliers, attention_resolutions):
+def _check_size(shape, multipliers, attention_resolutions, patch):
+    check_patch(shape, patch)
     height, width, _ = shape
-    unit = 2 ** (len(multipliers) - 1)
+    unit = patch * 2 ** (len(multipliers) - 1)
     if height % unit or width % unit:
         low, high = ([max(unit, side // unit * unit), -(-side // unit) * unit] for side in (height, width))
         fits = " or ".join(f"{h}x{w}" for h, w in dict.fromkeys(zip(low, high, strict=True)))
+        of_patches = f" in patches of {patch}x{patch}" if patch > 1 else ""
         raise ConfigError(
-            f"images of {height}x{width} cannot be halved {len(multipliers) - 1} times, "
+            f"images of {height}x{width}{of_patches} cannot be halved {len(multipliers) - 1} times, "
             f"as model.multipliers={','.join(map(str, multipliers))} requires; sizes that fit: {fits}"
         )
-    sides = [min(height, width) // 2**level for level in range(len(multipliers))]
+    sides = [min(height, width) // patch // 2**level for level in range(len(multipliers))]
     for side in set(attention_resolutions) - set(sides):
         warnings.warn(
             f"model.attention_resolutions: no level has the resolution {side}; the levels have {sides}", stacklevel=3

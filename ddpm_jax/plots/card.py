@@ -51,7 +51,7 @@ def _model(parts, step):
     if classes and parts.classes:
         of_classes += _escaped(f" ({', '.join(parts.classes[:20])}{', ...' * (len(parts.classes) > 20)})")
     return (
-        f"A U-Net of {experiment.parameter_count(parts):,} parameters that generates images of {size} (height x width "
+        f"A {experiment.describe_network(parts)} that generates images of {size} (height x width "
         f"x channels){of_classes} from noise: a denoising diffusion model ({PAPER}), at step {step:,}. "
         f"Parameterization {names.parameterization}, schedule {schedule}, T {names.T:,}, variance {names.variance}."
     )
