@@ -29,6 +29,7 @@ MISTAKES = {
     "a parameterization": ({"parameterization": "x0"}, "x0 is not one of eps, x_0, v, flow, edm, mean"),
     "levels": ({"noise_levels": "normal"}, "normal is not one of schedule, log_normal, logit_normal, cosine, uniform"),
     "a normal of others": ({"noise_levels": "cosine", "logsnr_normal": (0.0, 1.0)}, "cosine is not normal"),
+    "a normal of uniform t": ({"logsnr_normal": (0.0, 1.0)}, "noise_levels=schedule is not normal"),
     "half a normal": (
         {"noise_levels": "log_normal", "logsnr_normal": (2.5,)},
         r"logsnr_normal=2\.5 must be a mean and",

@@ -53,9 +53,12 @@ def make_noise_levels(name, schedule, logsnr_normal=(), importance_weights=False
     distribution's, which restores the expected loss of uniform v. It is large where the distribution is rare.
     Raises ConfigError for a logsnr_normal that is not a mean and a positive deviation.
     """
-    if name == "schedule":
+    if logsnr_normal:
+        distribution = normal(*_checked(name, logsnr_normal))
+    elif name == "schedule":
         return lambda u: (u, 1.0)
-    distribution = normal(*_checked(name, logsnr_normal)) if logsnr_normal else DISTRIBUTIONS[name]
+    else:
+        distribution = DISTRIBUTIONS[name]
     ends = jnp.clip(-schedule.logsnr(jnp.array([schedule.t_min, schedule.T])), -LIMIT, LIMIT)
 
     def warp(u):
