@@ -265,6 +265,7 @@ def test_a_run_is_guided_by_itself_or_by_an_earlier_step_of_another(run, call, t
     assert np.any(guided != wanted)
 
 
+@pytest.mark.slow
 def test_options_of_a_method_reach_it(call, tmp_path):
     """apg that keeps all of the update is cfg; with a short norm it is nearly the network itself."""
     folder = make_run(tmp_path, scale=4, model={"num_classes": 3}, label_dropout=0.1)[0]
