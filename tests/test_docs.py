@@ -36,7 +36,18 @@ COMMANDS = {  # as they are typed: the module that has their options
     "-m benchmarks": "benchmarks.__main__",
     **{
         f"-m benchmarks.{name}": f"benchmarks.{name}"
-        for name in ("checkpoints", "maps", "samplers", "ensemble", "growth", "nets", "peers", "scale", "variants")
+        for name in (
+            "checkpoints",
+            "maps",
+            "samplers",
+            "ensemble",
+            "growth",
+            "nets",
+            "networks",
+            "peers",
+            "scale",
+            "variants",
+        )
     },
 }
 
