@@ -147,7 +147,7 @@ def muon(learning_rate, b1=0.9, b2=0.999, weight_decay=0.0):
     return optax.GradientTransformation(lambda params: optimizer.init(vectors.unpack(params)), update)
 
 
-FIRST_AND_LAST = {"conv_in", "time_1", "label", "conv_out"}  # layers of a network that are not hidden
+FIRST_AND_LAST = {"conv_in", "embed", "time_1", "label", "augmentation", "conv_out", "out"}  # not hidden layers
 
 
 def matrices(params):
@@ -158,7 +158,7 @@ def matrices(params):
     """
 
     def axes(path, leaf):
-        if not _is_kernel(path) or FIRST_AND_LAST & {getattr(entry, "key", None) for entry in path}:
+        if not _is_kernel(path) or path[0].key in FIRST_AND_LAST:
             return None
         return optax.contrib.MuonDimensionNumbers((-4, -3, -2) if leaf.ndim >= 4 else (-2,), (-1,))
 

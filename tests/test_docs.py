@@ -35,8 +35,8 @@ COMMANDS = {  # as they are typed: the module that has their options
     **{f"-m ddpm_jax.{name}": f"ddpm_jax.{name}.__main__" for name in ("data", "run", "plots", "schedules", "interop")},
     "-m benchmarks": "benchmarks.__main__",
     **{f"-m benchmarks.{name}": f"benchmarks.{name}" for name in ("checkpoints", "convolutions", "ensemble", "growth")},
-    **{f"-m benchmarks.{name}": f"benchmarks.{name}" for name in ("maps", "nets", "peers", "race", "samplers")},
-    **{f"-m benchmarks.{name}": f"benchmarks.{name}" for name in ("scale", "variants")},
+    **{f"-m benchmarks.{name}": f"benchmarks.{name}" for name in ("maps", "nets", "networks", "peers", "race")},
+    **{f"-m benchmarks.{name}": f"benchmarks.{name}" for name in ("samplers", "scale", "variants")},
 }
 
 

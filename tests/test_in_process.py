@@ -28,7 +28,8 @@ from ddpm_jax.run import files, signals
 MAINS = ["ddpm_jax.run.__main__", "ddpm_jax.commands.train", "ddpm_jax.commands.sample", "ddpm_jax.commands.evaluate"]
 MAINS += [f"ddpm_jax.{name}.__main__" for name in ("data", "plots", "schedules")]
 MAINS += ["benchmarks.__main__", *(f"benchmarks.{name}" for name in ("checkpoints", "convolutions", "ensemble"))]
-MAINS += [f"benchmarks.{name}" for name in ("growth", "maps", "nets", "peers", "race", "samplers", "scale", "variants")]
+MAINS += [f"benchmarks.{name}" for name in ("growth", "maps", "nets", "networks", "peers", "race", "samplers")]
+MAINS += [f"benchmarks.{name}" for name in ("scale", "variants")]
 
 
 @pytest.mark.parametrize("name", MAINS)
