@@ -110,7 +110,7 @@ def test_fault_36_a_config_file_that_fails(tmp_path, text, fragment):
 
 
 ODD = Config(
-    data=Data("folder:/srv/\u00fc b", "test", (8, 16), 3, True, 0.5, "~/data", "", (0.0, 4095.0), "all"),
+    data=Data("folder:/srv/\u00fc b", "test", (8, 16), 3, True, 0.25, 0.5, "~/data", "", (0.0, 4095.0), "all"),
     model=Model(
         8,
         (1,),

@@ -1,6 +1,7 @@
 """What holds for any value: configs are read as they were written, junk is refused, pictures and batches keep shape."""
 
 import contextlib
+import gc
 import io
 import json
 import math
@@ -22,6 +23,12 @@ from ddpm_jax.errors import ConfigError
 
 settings.register_profile("reproducible", derandomize=True, deadline=None, database=None, max_examples=200)
 settings.load_profile("reproducible")
+
+
+@pytest.fixture(autouse=True)
+def no_garbage_of_others():
+    """What other tests left behind would be collected in here, and could complain while a test is deep in recursion."""
+    gc.collect()
 
 
 # --- configs
