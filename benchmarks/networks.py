@@ -74,7 +74,7 @@ def measure(fields, args):
     matrix = jnp.ones((SIDE, SIDE))
 
     def loss(params):
-        return jnp.mean(jax.vmap(parts.loss, (None, 0, 0))(params, keys, images)[0])
+        return jnp.mean(jax.vmap(parts.loss, (None, 0, 0))(params, keys, images))
 
     def forward(params):
         return jax.vmap(parts.net, (None, 0, 0))(params, images, times)

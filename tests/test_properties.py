@@ -26,9 +26,11 @@ settings.load_profile("reproducible")
 
 
 @pytest.fixture(autouse=True)
-def no_garbage_of_others():
-    """What other tests left behind would be collected in here, and could complain while a test is deep in recursion."""
-    gc.collect()
+def no_garbage_collection():
+    """It would call finalisers of other tests' objects while a test is deep in recursion, and these would complain."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 # --- configs
