@@ -168,10 +168,11 @@ def run_ours(recipe, job, seed, folder):
     options_ = {"data.source": f"npz:{job.data}", "data.image_size": "", "data.channels": "0", "train.seed": str(seed)}
     options_ |= {"train.sample_every": NEVER, "train.checkpoint_every": NEVER, "train.log_every": str(LOG_EVERY)}
     options_ |= {"train.sample_num": "1", "train.sample_steps": "2"}  # of the grid after the last step
-    if has_minutes(root):
+    if has_minutes(root) and "train.steps" not in recipe.changes:
         options_["train.minutes"], limit = f"{job.minutes:g}", GRACE * seconds
     else:
         options_["train.steps"], limit = NEVER, seconds
+        options_ |= {"train.minutes": "0"} if has_minutes(root) else {}
     options_ |= {name: text for name, text in recipe.changes.items() if not name.startswith(SAMPLE)}
     command = [f"--config=configs/{recipe.name}.py", *(f"--config.{name}={text}" for name, text in options_.items())]
     cold = {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # compilation is a part of the time
