@@ -105,7 +105,7 @@ DECAYS = {  # p, from 0 to 1 while the learning rate decays -> a factor on it
 def decay_factor(decay, n, span):
     """The factor of an entry of DECAYS on the learning rate of update n = 0, 1, ...; span: where it starts and ends."""
     start, end = span
-    return decay(jnp.clip((n - start) / (end - start), 0, 1))
+    return decay(jnp.clip((n - start) / jnp.maximum(end - start, 1), 0, 1))
 
 
 def adamw(learning_rate, b1=0.9, b2=0.999, weight_decay=0.01):

@@ -151,6 +151,11 @@ def test_the_learning_rate_at_each_step(decay):
     assert [float(rate(n)) / 2 for n in RATES[decay]] == pytest.approx(list(RATES[decay].values()), abs=2e-6)
 
 
+@pytest.mark.parametrize("steps", [50, 100])
+def test_a_constant_rate_may_warm_up_all_the_time(steps):
+    assert float(made(steps=steps).learning_rate(50)) == 1
+
+
 def test_wsd_decays_over_the_fraction_but_never_during_the_warm_up():
     rate = made(decay="wsd", decay_fraction=0.5).learning_rate
     assert [float(rate(n)) for n in (100, 500, 625, 1000)] == pytest.approx([2, 2, 1, 0])
