@@ -253,7 +253,8 @@ def run_loop(parts, dataset, time_step):
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         args = train.Args(config=parts.config)
-        loop.train(args, (0, 0), parts, dataset, "synthetic", Path(folder), lambda: None, lambda text: None, [])
+        quiet = Path(folder), lambda: None, lambda text: None
+        loop.train(args, (0, 0), parts, dataset, "synthetic", *quiet, [], time.monotonic())
     steps = [after["step"] - before["step"] for before, after in itertools.pairwise(rows)]
     return bare, steps, [row["seconds_per_step"] for row in rows[1:]], elapsed[1:]
 
