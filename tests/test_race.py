@@ -235,7 +235,7 @@ def test_a_row_is_the_mean_over_seeds_with_its_standard_error():
 
 
 def test_another_revision_is_named_by_its_commit_not_by_its_folder():
-    changed = record(0, 1.0, clone=True, revision="5a3ff27", recipe="folder_cpu@/tmp/x:a=1", changes={"a": "1"})
+    changed = record(0, 1.0, clone=True, revision="5a3ff27", recipe="folder_cpu@older:a=1", changes={"a": "1"})
     assert race_report.label(changed) == "folder_cpu@5a3ff27:a=1"
 
 
