@@ -48,7 +48,7 @@ MATHS = {
     "networks",
 }
 MACHINERY = {"environment", "options", "config", "parallel", "run", "images", "data"}
-BUILT = {"experiment", "program"}
+BUILT = {"guiding", "experiment", "program"}
 LAYERS = {  # each with all that it may import
     "ground": (GROUND, GROUND),
     "maths": (MATHS, GROUND | MATHS),
