@@ -42,7 +42,7 @@ BEST = SMALL | {
     "ema_decay": 0.999,
     "sampler": "ddim",
 }
-LUCIDRAINS = {  # the README's Trainer, with a narrower network
+DDPM_PYTORCH = {  # the README's Trainer, with a narrower network
     "library": "denoising_diffusion_pytorch",
     "layout": "",
     "dim": 32,
@@ -52,7 +52,7 @@ LUCIDRAINS = {  # the README's Trainer, with a narrower network
     "flip": True,
     "ema_decay": 0.995,
 }
-PEERS = {"diffusers": SCRIPT, "diffusers_small": SMALL, "diffusers_best": BEST, "ddpm_pytorch": LUCIDRAINS}
+PEERS = {"diffusers": SCRIPT, "diffusers_small": SMALL, "diffusers_best": BEST, "ddpm_pytorch": DDPM_PYTORCH}
 LEVELS = {"diffusers": 6, "denoising_diffusion_pytorch": 4}  # of the networks without a layout
 
 

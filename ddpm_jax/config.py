@@ -158,7 +158,7 @@ class Diffusion(Section):
         1, "noises per image and step, of which one is learned; more than one biases the loss", at_least(1)
     )
     noise_choice: str = option(
-        "nearest", "which of them: nearest to the image or easiest, a name in ddpm_jax.diffusion.NOISE_CHOICES"
+        "nearest", "which of them: nearest to the image or lowest_loss, a name in ddpm_jax.diffusion.NOISE_CHOICES"
     )
 
 

@@ -291,7 +291,7 @@ def own_loss(loss, x_0, eps):
     return loss()
 
 
-NOISE_CHOICES = {"nearest": distance_to_image, "easiest": own_loss}  # the noise with the smallest value is learned
+NOISE_CHOICES = {"nearest": distance_to_image, "lowest_loss": own_loss}  # the noise with the smallest value is learned
 
 
 def choose_noise(loss, num, choice):

@@ -137,7 +137,7 @@ def muon(learning_rate, b1=0.9, b2=0.999, weight_decay=0.0):
         adam_b1=b1,
         adam_b2=b2,
         consistent_rms=0.2,
-        muon_weight_dimension_numbers=matrices,
+        muon_weight_dimension_numbers=muon_dimension_numbers,
     )
 
     def update(updates, state, params=None):  # a Vector has lost the shapes of its arrays
@@ -150,7 +150,7 @@ def muon(learning_rate, b1=0.9, b2=0.999, weight_decay=0.0):
 FIRST_AND_LAST = {"conv_in", "embed", "time_1", "label", "augmentation", "conv_out", "out"}  # not hidden layers
 
 
-def matrices(params):
+def muon_dimension_numbers(params):
     """The tree of Muon's parameters, each with the axes of its inputs and outputs; None in place of the others.
 
     These are the kernels of hidden layers: (in, out), or (height, width, in, out) of a convolution, which is the matrix

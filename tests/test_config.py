@@ -136,7 +136,7 @@ ODD = Config(
     ),
     diffusion=Diffusion(
         *("cosine", 4000, "v", "vlb", "learned", (1e-30, 0.1 + 0.2), True, 64, "output", "huber", "stratified"),
-        *(True, 0.1, 0.3, -1e-30, "log_normal", (-0.1, 1e-30), True, 2, "easiest"),
+        *(True, 0.1, 0.3, -1e-30, "log_normal", (-0.1, 1e-30), True, 2, "lowest_loss"),
     ),
     train=Train(
         1,

@@ -36,7 +36,7 @@ MISTAKES = {
     ),
     "no deviation": ({"noise_levels": "log_normal", "logsnr_normal": (0.0, 0.0)}, "logsnr_normal=0,0 must be a mean"),
     "the bound elsewhere": ({"weighting": "vlb", "noise_levels": "uniform"}, "add diffusion.importance_weights=true"),
-    "a noise": ({"noise_choice": "best"}, "best is not one of nearest, easiest"),
+    "a noise": ({"noise_choice": "best"}, "best is not one of nearest, lowest_loss"),
     "dropped labels": ({"label_dropout": 0.1}, r"model\.num_classes=0"),
     "eps of nothing": ({"zero_terminal_snr": True}, "leaves no signal at T"),
     "error in eps of nothing": (

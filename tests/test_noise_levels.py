@@ -223,8 +223,8 @@ def test_the_nearest_noise_is_learned():
 
 
 @pytest.mark.parametrize("u", [0.4, None])
-def test_the_easiest_noise_is_learned(u):
-    loss, chosen, noises = with_noises(16, "easiest")
+def test_the_noise_with_the_lowest_loss_is_learned(u):
+    loss, chosen, noises = with_noises(16, "lowest_loss")
     args = 0.3, jax.random.key(3), X_0, None, u
     losses = [float(loss(*args, eps)) for eps in noises]
     assert chosen(*args) == pytest.approx(min(losses), rel=1e-6)

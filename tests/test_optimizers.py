@@ -109,7 +109,7 @@ def test_the_split_of_the_unet():
     layers += [f"{attention}/{layer}" for attention in attentions for layer in ("q", "k", "v", "out")]
     layers += ["down_0_halve", "up_1_double", "time_2"]
     params = jax.eval_shape(init, jax.random.key(0))
-    found = trees.flat(trees.nested(training.matrices(params)))
+    found = trees.flat(trees.nested(training.muon_dimension_numbers(params)))
     assert {name.rpartition("/kernel")[0] for name in found} == set(layers)
     others = {name.rpartition("/")[0] for name, leaf in trees.flat(params).items() if leaf.ndim > 1} - set(layers)
     assert others == {"conv_in", "time_1", "label", "conv_out"}
