@@ -158,7 +158,7 @@ def muon_dimension_numbers(params):
     """
 
     def axes(path, leaf):
-        if not _is_kernel(path) or path[0].key in FIRST_AND_LAST:
+        if not _is_kernel(path) or getattr(path[0], "key", None) in FIRST_AND_LAST:
             return None
         return optax.contrib.MuonDimensionNumbers((-4, -3, -2) if leaf.ndim >= 4 else (-2,), (-1,))
 
