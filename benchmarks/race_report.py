@@ -115,11 +115,8 @@ def section(race, found, pictures):
 
 def describe(race, found):
     """What a race depends on, as one sentence."""
-    settings, numbers, records = (
-        race["settings"],
-        race["numbers"],
-        [record for each in found.values() for record in each],
-    )
+    settings, numbers = race["settings"], race["numbers"]
+    records = [record for of_recipe in found.values() for record in of_recipe]
     source = race["data"]
     if race["held_out"] and not race["held_out"].isdigit():
         source += f" and {race['held_out']}"
