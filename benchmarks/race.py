@@ -8,8 +8,9 @@ and grids of all races in OUT is written after each run; --report only writes it
 
 A recipe is the name of a config in configs/, or diffusers, diffusers_small, diffusers_best or ddpm_pytorch, which run
 in --their-python. Changes follow a colon: "folder_cpu:train.learning_rate=1e-3;sample.sampler=ddim" has options of the
-config and of sample.py. folder_cpu@DIR is that of another revision of this project, in the folder DIR. A config chooses
-its number of steps by train.minutes; one of a revision without it is stopped by SIGTERM when the time is over.
+config and of sample.py; sample.guide=checkpoints/500 is a step of the run itself. folder_cpu@DIR is that of another
+revision of this project, in the folder DIR. A config chooses its number of steps by train.minutes; one of a revision
+without it is stopped by SIGTERM when the time is over. Recipes that differ only in how they draw share one training.
 """
 
 import dataclasses
@@ -109,14 +110,19 @@ def run(recipe, job, seed, result, measure):
         shutil.rmtree(folder)  # the remains of an interrupted run
     folder.mkdir(parents=True)
     log.note(f"{recipe.text}, seed {seed}: training for {job.minutes:g} minutes")
-    record = {"recipe": recipe.text, "name": recipe.name, "changes": recipe.changes, "peer": recipe.is_peer}
-    record |= {"clone": bool(recipe.clone), "seed": seed} | recipes.run(recipe, job, seed, folder)
+    record = describe(recipe, seed) | recipes.run(recipe, job, seed, folder)
     samples = np.load(folder / "samples.npz")["images"]
     record["metrics"] = measure(samples)
     save_grid(folder / "grid.png", samples)
     shutil.rmtree(folder / "out", ignore_errors=True)
     write_json(result, record)
     log.note(race_report.row(race_report.label(record), [record]))
+
+
+def describe(recipe, seed):
+    """The part of a record that says what was raced."""
+    record = {"recipe": recipe.text, "name": recipe.name, "changes": recipe.changes, "peer": recipe.is_peer}
+    return record | {"clone": bool(recipe.clone), "seed": seed}
 
 
 def prepare(args, images, folder):

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -25,6 +26,7 @@ ROOT = Path(__file__).absolute().parents[1]
 SAMPLE = "sample."  # before the options of sample.py among the changes
 CALLS = {"heun": 2, "edm": 2}  # network evaluations in a step of a sampler, where not one
 LOG_EVERY, NEVER = 20, "10000000"  # steps
+TRAINED = "steps", "seconds", "batch_size", "images_per_second", "curve", "revision"  # in a record, of the training
 GRACE = 1.02  # a run that chooses its number of steps may take so much of its time
 
 
@@ -157,16 +159,33 @@ def has_minutes(root):
 
 def run(recipe, job, seed, folder):
     """Train and sample a recipe in `folder`: its record for the report, and samples.npz. Raises Failed."""
-    return (run_peer if recipe.is_peer else run_ours)(recipe, job, seed, folder)
+    if recipe.is_peer:
+        return run_peer(recipe, job, seed, folder)
+    return (copy_twin(recipe, folder) or train(recipe, job, seed, folder)) | draw(recipe, job, seed, folder)
 
 
-def run_ours(recipe, job, seed, folder):
-    """`run` for a config, by train.py and sample.py."""
+def training(text, changes):
+    """What decides the training of the recipe `text`: config, revision, and changes other than those of sample.py."""
+    return text.partition(":")[0], {name: value for name, value in changes.items() if not name.startswith(SAMPLE)}
+
+
+def copy_twin(recipe, folder):
+    """Copy the run of a recipe that differs only in how it draws, same seed; what `train` returned, or None if none."""
+    for file in sorted(folder.parents[1].glob(f"*/{folder.name}/result.json")):
+        record, workdir = json.loads(file.read_text()), file.parent / "run"
+        if training(record["recipe"], record["changes"]) == training(recipe.text, recipe.changes) and workdir.is_dir():
+            shutil.copytree(workdir, folder / "run")
+            return {name: record[name] for name in TRAINED}
+    return None
+
+
+def train(recipe, job, seed, folder):
+    """Train a config by train.py in `folder`/run: the fields TRAINED of its record."""
     from ddpm_jax.run import checkpoint
 
     root, workdir, seconds = recipe.root, folder / "run", 60 * job.minutes
     options_ = {"data.source": f"npz:{job.data}", "data.image_size": "", "data.channels": "0", "train.seed": str(seed)}
-    options_ |= {"train.sample_every": NEVER, "train.checkpoint_every": NEVER, "train.log_every": str(LOG_EVERY)}
+    options_ |= {"train.sample_every": NEVER, "train.log_every": str(LOG_EVERY)}
     options_ |= {"train.sample_num": "1", "train.sample_steps": "2"}  # of the grid after the last step
     if has_minutes(root) and "train.steps" not in recipe.changes:
         options_["train.minutes"], limit = f"{job.minutes:g}", GRACE * seconds
@@ -184,22 +203,28 @@ def run_ours(recipe, job, seed, folder):
     rows = [json.loads(line) for line in read(workdir / "metrics.jsonl").splitlines()]
     ended = rows and rows[-1]["step"] == max(steps)  # by itself; what follows the last row is a save and a grid
     took = (workdir / "metrics.jsonl").stat().st_mtime - start if ended else limit
-    config, started = json.loads(read(workdir / "config.json")), json.loads(read(workdir / "run.json"))
-    choices = sampling(recipe, job, config["train"]["sampler"])
-    command = [f"--workdir={workdir}", f"--num={job.num}", f"--seed={seed}", f"--out={folder / 'out'}", "--overwrite"]
-    ours(root, folder / "sample.log", ["sample.py", *command, *(f"--{name}={text}" for name, text in choices.items())])
-    os.replace(folder / "out" / "samples.npz", folder / "samples.npz")
+    config, started = _config(workdir), json.loads(read(workdir / "run.json"))
     speeds = [row["images_per_second"] for row in rows if row["images_per_second"]]
     last = started[-1] if isinstance(started, list) else started
-    return {
-        "steps": max(steps),
-        "seconds": took,
-        "batch_size": config["train"]["batch_size"],
-        "images_per_second": statistics.median(speeds) if speeds else None,
-        "curve": smooth([(row["step"], row["loss"]) for row in rows]),
-        "sampling": " ".join(f"{name}={text}" for name, text in choices.items()),
-        "revision": last.get("git"),
-    }
+    found = max(steps), took, config["train"]["batch_size"], statistics.median(speeds) if speeds else None
+    curve = smooth([(row["step"], row["loss"]) for row in rows])
+    return dict(zip(TRAINED, (*found, curve, last.get("git")), strict=True))
+
+
+def draw(recipe, job, seed, folder):
+    """Sample from `folder`/run by sample.py: the rest of the record."""
+    workdir = folder / "run"
+    choices = sampling(recipe, job, _config(workdir)["train"]["sampler"])
+    given = choices | ({"guide": workdir / choices["guide"]} if "guide" in choices else {})
+    command = [f"--workdir={workdir}", f"--num={job.num}", f"--seed={seed}", f"--out={folder / 'out'}", "--overwrite"]
+    command += [f"--{name}={value}" for name, value in given.items()]
+    ours(recipe.root, folder / "sample.log", ["sample.py", *command])
+    os.replace(folder / "out" / "samples.npz", folder / "samples.npz")
+    return {"sampling": " ".join(f"{name}={text}" for name, text in choices.items())}
+
+
+def _config(workdir):
+    return json.loads(read(workdir / "config.json"))
 
 
 def smooth(points, window=race_peers.WINDOW):

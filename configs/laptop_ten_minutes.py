@@ -13,14 +13,18 @@ def get_config():
     return replace(
         load("folder_cpu"),
         {
+            "model.groups": 8,  # with one channel in each, as auto has here, the norm would hide colours
+            "model.scale_shift": True,
             "diffusion.parameterization": "edm",
             "diffusion.noise_levels": "log_normal",
             "diffusion.time_sampling": "stratified",
             "train.minutes": 10.0,
             "train.optimizer": "muon",
-            "train.learning_rate": 3e-3,
-            "train.warmup_steps": 50,
+            "train.learning_rate": 6e-3,
+            "train.warmup_steps": 10,
             "train.decay": "linear",
             "train.ema_decay": 0.999999,  # the last ninth of the run
+            "train.checkpoint_every": 250,
+            "train.keep_every": 500,  # for guidance by the same run at an earlier time
         },
     )

@@ -93,14 +93,26 @@ def test_a_config_is_trained_sampled_and_recorded(tmp_path, environment, monkeyp
         monkeypatch.setenv(name, value)
     np.savez(tmp_path / "train.npz", images=np.random.default_rng(0).integers(0, 256, (50, 8, 8, 1), np.uint8))
     changes = [option.removeprefix("--config.") for option in SMALL] + ["train.steps=12", "train.log_every=2"]
-    job = JOB._replace(data=tmp_path / "train.npz", num=7, evaluations=3, minutes=5.0)
-    found = recipes.run(recipe("digits:" + ";".join([*changes, "sample.sampler=ddim"])), job, 3, tmp_path)
+    text = "digits:" + ";".join([*changes, "train.checkpoint_every=6"])
+    job = JOB._replace(data=tmp_path / "train.npz", num=7, evaluations=4, minutes=5.0)
+    one, other = (tmp_path / name / "seed-3" for name in ("one", "other"))
+    one.mkdir(parents=True)
+    found = recipes.run(recipe(f"{text};sample.sampler=ddim"), job, 3, one)
     assert found["steps"] == 12
     assert found["seconds"] < 300
     assert [point[0] for point in found["curve"]] == [12]
-    assert found["sampling"] == "sampler=ddim steps=3"
-    assert np.load(tmp_path / "samples.npz")["images"].shape == (7, 8, 8, 1)
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["seed"] == 3
+    assert found["sampling"] == "sampler=ddim steps=4"
+    assert np.load(one / "samples.npz")["images"].shape == (7, 8, 8, 1)
+    assert json.loads((one / "run" / "config.json").read_text())["train"]["seed"] == 3
+
+    # A recipe that differs only in how it draws: the same training, guided by an earlier step of itself.
+    race.write_json(one / "result.json", race.describe(recipe(text), 3) | found)
+    other.mkdir(parents=True)
+    guided = recipes.run(recipe(f"{text};sample.guide=checkpoints/6;sample.guidance=2"), job, 3, other)
+    assert not (other / "train.log").exists()
+    assert guided == found | {"sampling": "sampler=ddpm guide=checkpoints/6 guidance=2 steps=2"}
+    said = (other / "sample.log").read_text()
+    assert "guided by step 6 of " in said
 
 
 # --- data
