@@ -40,7 +40,6 @@ BEST = SMALL | {
     "warmup_steps": 100,
     "batch_size": 32,
     "ema_decay": 0.999,
-    "sampler": "ddim",
 }
 DDPM_PYTORCH = {  # the README's Trainer, with a narrower network
     "library": "denoising_diffusion_pytorch",

@@ -12,6 +12,7 @@ def get_config():
     return replace(
         load("folder"),
         {
+            "model.scale_shift": laptop.model.scale_shift,
             "diffusion.parameterization": laptop.diffusion.parameterization,
             "diffusion.error": laptop.diffusion.error,
             "diffusion.noise_levels": laptop.diffusion.noise_levels,
@@ -22,5 +23,6 @@ def get_config():
             "train.warmup_steps": 500,
             "train.decay": laptop.train.decay,
             "train.ema_decay": laptop.train.ema_decay,
+            "train.keep_every": 10_000,  # for guidance by the same run at an earlier time
         },
     )
