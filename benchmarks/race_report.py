@@ -25,8 +25,8 @@ python -m benchmarks.race --report --page=docs/recipes.md
 
 A recipe is a config in `configs/`. Changes follow a colon, as in
 `"folder_cpu:train.learning_rate=1e-3;sample.sampler=ddim"`: options of the config, and options of `sample.py` after
-`sample.`; `sample.guide=checkpoints/500` is a step of the run itself. Recipes that differ only in how they draw share one
-training. `folder_cpu@DIR` is the config of another revision of this project, in the folder DIR. A race that was
+`sample.`; `sample.guide=checkpoints/500` is a step of the run itself. Recipes that differ only in how they draw share
+one training. `folder_cpu@DIR` is the config of another revision of this project, in the folder DIR. A race that was
 interrupted resumes with the same command. [How the laptop preset was chosen](presets.md) has shorter runs.
 
 Images to compare with are held out of the data at random, a fifth or `--held-out=N` of them, or come from
@@ -43,8 +43,8 @@ The other projects' recipes need `--their-python=PATH`, a Python with torch and 
 | `ddpm_pytorch` | the defaults of denoising-diffusion-pytorch's README and Trainer, with `dim=32`; DDIM |
 
 They run on `--threads` threads of PyTorch. The cosine of diffusers' learning rate ends with the given time.
-`diffusers_best:sampler=dpmpp` draws by DPM-Solver++, which does not clip its estimates there, and `sampler=ddim` by DDIM: after
-ten minutes on the emoji, most pictures of the one were saturated and those of the other grey.
+`diffusers_best:sampler=dpmpp` draws by DPM-Solver++, which does not clip its estimates there, and `sampler=ddim` by
+DDIM: after ten minutes on the emoji, most pictures of the one were saturated and those of the other grey.
 
 KID, Frechet distance, precision and recall compare the features ([ENL0-64](evaluation.md)) of the samples with those of
 images that training has not seen. KID is 1000 times the squared MMD, the mean over random parts of the samples, at
