@@ -53,7 +53,8 @@ def test_a_gradient_is_one_concatenation():
     assert "add_any" not in text
 
 
-@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 2])
 def test_training_is_that_of_the_tree(accumulate):
     """Clipping, Adam and both kinds of averages, to the rounding of the norm, which is summed in another order."""
     parts, optimizer, lengths = small_experiment(), training.make_optimizer(1e-2, 0.1), (0.1,)
