@@ -109,7 +109,7 @@ def run(recipe, job, seed, result, measure):
     if folder.exists():
         shutil.rmtree(folder)  # the remains of an interrupted run
     folder.mkdir(parents=True)
-    log.note(f"{recipe.text}, seed {seed}: training for {job.minutes:g} minutes")
+    log.note(f"{recipe.text}, seed {seed}: up to {job.minutes:g} minutes of training")
     record = describe(recipe, seed) | recipes.run(recipe, job, seed, folder)
     samples = np.load(folder / "samples.npz")["images"]
     record["metrics"] = measure(samples)

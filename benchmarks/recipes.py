@@ -26,7 +26,7 @@ ROOT = Path(__file__).absolute().parents[1]
 SAMPLE = "sample."  # before the options of sample.py among the changes
 CALLS = {"heun": 2, "edm": 2}  # network evaluations in a step of a sampler, where not one
 LOG_EVERY, NEVER = 20, "10000000"  # steps
-TRAINED = "steps", "seconds", "batch_size", "images_per_second", "curve", "revision"  # in a record, of the training
+TRAINING_FIELDS = "steps", "seconds", "batch_size", "images_per_second", "curve", "revision"  # of a record
 GRACE = 1.02  # a run that chooses its number of steps may take so much of its time
 
 
@@ -161,26 +161,30 @@ def run(recipe, job, seed, folder):
     """Train and sample a recipe in `folder`: its record for the report, and samples.npz. Raises Failed."""
     if recipe.is_peer:
         return run_peer(recipe, job, seed, folder)
-    return (copy_twin(recipe, folder) or train(recipe, job, seed, folder)) | draw(recipe, job, seed, folder)
+    return (reuse_training(recipe, folder) or train(recipe, job, seed, folder)) | draw(recipe, job, seed, folder)
 
 
-def training(text, changes):
+def training_key(text, changes):
     """What decides the training of the recipe `text`: config, revision, and changes other than those of sample.py."""
     return text.partition(":")[0], {name: value for name, value in changes.items() if not name.startswith(SAMPLE)}
 
 
-def copy_twin(recipe, folder):
-    """Copy the run of a recipe that differs only in how it draws, same seed; what `train` returned, or None if none."""
+def reuse_training(recipe, folder):
+    """Copy the run of the same seed of a recipe that differs only in how it draws: what `train` gave; None without one.
+
+    folder: RACE/RECIPE/seed-N, where `train` would write.
+    """
     for file in sorted(folder.parents[1].glob(f"*/{folder.name}/result.json")):
         record, workdir = json.loads(file.read_text()), file.parent / "run"
-        if training(record["recipe"], record["changes"]) == training(recipe.text, recipe.changes) and workdir.is_dir():
+        same = training_key(record["recipe"], record["changes"]) == training_key(recipe.text, recipe.changes)
+        if same and workdir.is_dir():
             shutil.copytree(workdir, folder / "run")
-            return {name: record[name] for name in TRAINED}
+            return {name: record[name] for name in TRAINING_FIELDS}
     return None
 
 
 def train(recipe, job, seed, folder):
-    """Train a config by train.py in `folder`/run: the fields TRAINED of its record."""
+    """Train a config by train.py in `folder`/run: the TRAINING_FIELDS of its record."""
     from ddpm_jax.run import checkpoint
 
     root, workdir, seconds = recipe.root, folder / "run", 60 * job.minutes
@@ -203,18 +207,19 @@ def train(recipe, job, seed, folder):
     rows = [json.loads(line) for line in read(workdir / "metrics.jsonl").splitlines()]
     ended = rows and rows[-1]["step"] == max(steps)  # by itself; what follows the last row is a save and a grid
     took = (workdir / "metrics.jsonl").stat().st_mtime - start if ended else limit
-    config, started = _config(workdir), json.loads(read(workdir / "run.json"))
+    config, started = read_config(workdir), json.loads(read(workdir / "run.json"))
     speeds = [row["images_per_second"] for row in rows if row["images_per_second"]]
     last = started[-1] if isinstance(started, list) else started
-    found = max(steps), took, config["train"]["batch_size"], statistics.median(speeds) if speeds else None
+    speed = statistics.median(speeds) if speeds else None
     curve = smooth([(row["step"], row["loss"]) for row in rows])
-    return dict(zip(TRAINED, (*found, curve, last.get("git")), strict=True))
+    values = max(steps), took, config["train"]["batch_size"], speed, curve, last.get("git")
+    return dict(zip(TRAINING_FIELDS, values, strict=True))
 
 
 def draw(recipe, job, seed, folder):
     """Sample from `folder`/run by sample.py: the rest of the record."""
     workdir = folder / "run"
-    choices = sampling(recipe, job, _config(workdir)["train"]["sampler"])
+    choices = sampling(recipe, job, read_config(workdir)["train"]["sampler"])
     given = choices | ({"guide": workdir / choices["guide"]} if "guide" in choices else {})
     command = [f"--workdir={workdir}", f"--num={job.num}", f"--seed={seed}", f"--out={folder / 'out'}", "--overwrite"]
     command += [f"--{name}={value}" for name, value in given.items()]
@@ -223,7 +228,8 @@ def draw(recipe, job, seed, folder):
     return {"sampling": " ".join(f"{name}={text}" for name, text in choices.items())}
 
 
-def _config(workdir):
+def read_config(workdir):
+    """The config.json of a run, as plain dicts: that of another revision may have other fields."""
     return json.loads(read(workdir / "config.json"))
 
 
